@@ -1,0 +1,32 @@
+"""kljax: the KL-divergence loss library for JAX."""
+
+from importlib.metadata import PackageNotFoundError as _NotFound
+from importlib.metadata import version as _version
+
+from kljax._engine.terms import log_mixture as log_mixture
+from kljax._engine.terms import term_cross_entropy as term_cross_entropy
+from kljax._engine.terms import term_entropy as term_entropy
+from kljax._engine.terms import term_generalized_kl as term_generalized_kl
+from kljax._engine.terms import term_kl as term_kl
+from kljax.distributions import Logits as Logits
+from kljax.distributions import LogProbs as LogProbs
+from kljax.distributions import Probs as Probs
+from kljax.divergences import cross_entropy as cross_entropy
+from kljax.divergences import divergence as divergence
+from kljax.divergences import entropy as entropy
+from kljax.divergences import forward_kl as forward_kl
+from kljax.divergences import jeffreys as jeffreys
+from kljax.divergences import jensen_shannon as jensen_shannon
+from kljax.divergences import kl as kl
+from kljax.divergences import kl_terms as kl_terms
+from kljax.divergences import reverse_kl as reverse_kl
+from kljax.divergences import skew_forward_kl as skew_forward_kl
+from kljax.divergences import skew_reverse_kl as skew_reverse_kl
+from kljax.objectives import DistillationMetrics as DistillationMetrics
+from kljax.objectives import distillation_loss as distillation_loss
+from kljax.reduction import reduce as reduce
+
+try:
+    __version__ = _version("kljax")
+except _NotFound:  # a checkout that is not installed
+    __version__ = "0+unknown"

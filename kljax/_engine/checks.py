@@ -1,0 +1,277 @@
+"""The only place that raises on input.
+
+Shapes, dtypes and options raise at trace time. What would otherwise broadcast silently raises
+directly; the rest goes through chex and obeys `chex.disable_asserts`. Values are checked by
+`checkify.debug_check`, which costs nothing unless the user wraps the function in checkify.
+"""
+
+import numbers
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.checkify import debug_check
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """Where batch and classes lie in the whole input."""
+
+    shape: Shape
+    axis: tuple[int, ...]
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.shape)) if i not in self.axis)
+
+    @property
+    def batch(self) -> Shape:
+        return tuple(self.shape[i] for i in self.batch_axes)
+
+    @property
+    def classes(self) -> Shape:
+        return tuple(self.shape[i] for i in self.axis)
+
+    def expand(self, x: Array) -> Array:
+        """Give a shared distribution, or a mask of classes, the batch axes it lacks."""
+        return x if x.ndim == len(self.shape) else jnp.expand_dims(x, self.batch_axes)
+
+
+def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> NoReturn:
+    raise ValueError(_message(caller, argument, expected, got, remedy))
+
+
+def to_array(caller: str, argument: str, value: Any) -> Array:
+    """Anything numeric, lists included, as a JAX array."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        message = _message(
+            caller, argument, "an array", type(value).__name__, "Pass a JAX or NumPy array."
+        )
+        raise TypeError(message) from error
+
+
+# ---- shapes, dtypes, options: at trace time ----
+
+
+def require_choice(
+    caller: str, argument: str, value: Any, choices: Iterable[str], *, optional: bool = False
+) -> None:
+    listed = [f'"{choice}"' for choice in choices]
+    if optional:
+        listed = ["None", *listed]
+    if not isinstance(value, str) or f'"{value}"' not in listed:
+        got = f'"{value}"' if isinstance(value, str) else repr(value)
+        fail(caller, argument, "one of " + ", ".join(listed), got, "Names are case-sensitive.")
+
+
+def require_float(caller: str, argument: str, x: Array) -> None:
+    remedy = "Convert with .astype(jnp.float32)."
+    if argument == "targets":
+        remedy += " Integer labels go to cross_entropy."
+    expected = "floating point"
+    _require_type(x, jnp.floating, _message(caller, argument, expected, str(x.dtype), remedy))
+
+
+def require_scalar(caller: str, argument: str, x: Array) -> None:
+    """A scalar option: an array would broadcast silently."""
+    if x.shape != ():
+        fail(caller, argument, "a scalar", f"shape {x.shape}", "It is one number for all examples.")
+    message = _message(caller, argument, "a real number", str(x.dtype), "Pass a float.")
+    _require_type(x, (jnp.floating, jnp.integer), message)
+
+
+def require_weights(caller: str, argument: str, weights: Array, batch: Shape) -> None:
+    if weights.shape != batch:
+        squeezed = tuple(n for n in weights.shape if n != 1) == tuple(n for n in batch if n != 1)
+        remedy = "Give one weight per example."
+        if squeezed and weights.shape[:-1] == batch:
+            remedy = "Squeeze the last axis."
+        elif squeezed:
+            remedy = f"Reshape to {batch}."
+        fail(caller, argument, f"shape {batch}, the batch shape", f"{weights.shape}", remedy)
+    message = _message(caller, argument, "bool, int or float", str(weights.dtype), "Convert them.")
+    _require_type(weights, (jnp.floating, jnp.integer, jnp.bool_), message)
+
+
+def require_where(caller: str, where: Array, layout: Layout) -> None:
+    remedy = "Write `where > 0`; weights of examples go into `weights`."
+    _require_type(
+        where, jnp.bool_, _message(caller, "where", "bool", str(where.dtype), remedy)
+    )
+    if where.shape not in (layout.classes, layout.shape):
+        expected = f"shape {layout.classes}, the classes, or {layout.shape}, the whole input's"
+        remedy = "It masks classes; a mask of examples goes into `weights`."
+        fail(caller, "where", expected, f"{where.shape}", remedy)
+
+
+def require_labels(caller: str, labels: Array, layout: Layout) -> None:
+    message = _message(
+        caller, "labels", "integers", str(labels.dtype), "Soft labels go into `targets`."
+    )
+    _require_type(labels, jnp.integer, message)
+    if len(layout.axis) != 1:
+        got = f"{len(layout.axis)} class axes"
+        fail(caller, "axis", "a single axis with integer labels", got, "Flatten the classes.")
+    if labels.shape != layout.batch:
+        expected = f"shape {layout.batch}, the batch shape"
+        remedy = "Give one label per example; one-hot labels go in as Probs."
+        fail(caller, "labels", expected, f"{labels.shape}", remedy)
+
+
+def require_fraction(caller: str, argument: str, value: Any) -> None:
+    """A share in [0, 1]: ValueError when static, checkify when traced."""
+    if isinstance(value, numbers.Real | np.ndarray) and not np.all((value >= 0) & (value <= 1)):
+        fail(caller, argument, "in [0, 1]", f"{value}", "It is the share of one side in a mixture.")
+    require_scalar(caller, argument, to_array(caller, argument, value))
+    value = jnp.asarray(value)
+    message = f"{caller}: {argument} must be in [0, 1]; got {{value}}"
+    debug_check((value >= 0) & (value <= 1), message, value=value)
+
+
+def require_temperature(caller: str, temperature: Any) -> Array:
+    if isinstance(temperature, numbers.Real | np.ndarray) and not np.all(temperature > 0):
+        fail(caller, "temperature", "positive", f"{temperature}", "Use None for no temperature.")
+    temperature = to_array(caller, "temperature", temperature)
+    require_scalar(caller, "temperature", temperature)
+    return temperature
+
+
+def require_layout(
+    caller: str, arguments: tuple[str, ...], shapes: tuple[Shape, ...], axis: int | Iterable[int]
+) -> Layout:
+    """Batch and classes of the whole input; nothing but a missing batch broadcasts."""
+    whole = max(range(len(shapes)), key=lambda i: len(shapes[i]))
+    layout = Layout(shapes[whole], _require_axis(caller, shapes[whole], axis))
+    for argument, shape in zip(arguments, shapes, strict=True):
+        if shape in (layout.shape, layout.classes):
+            continue
+        other = arguments[whole] if argument != arguments[whole] else arguments[0]
+        _fail_shape(caller, argument, shape, other, layout)
+    return layout
+
+
+def require_contributions(caller: str, contributions: Array, shape: Shape) -> None:
+    if getattr(contributions, "shape", None) != shape:
+        got = f"{getattr(contributions, 'shape', type(contributions).__name__)}"
+        remedy = "A term is elementwise: the library sums over the classes."
+        fail(caller, "term", f"a function that returns shape {shape}", got, remedy)
+
+
+def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
+    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    ndim = len(shape)
+    if any(not -ndim <= a < ndim for a in given):
+        fail(
+            caller, "axis", f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0."
+        )
+    axes = tuple(sorted(a % ndim for a in given))
+    if len(set(axes)) != len(axes):
+        fail(caller, "axis", "distinct axes", f"{axis}", "Name each axis once.")
+    return axes
+
+
+def _fail_shape(caller: str, argument: str, shape: Shape, other: str, layout: Layout) -> NoReturn:
+    same_rank = len(shape) == len(layout.shape)
+    classes = tuple(shape[a] for a in layout.axis) if same_rank else shape
+    if classes != layout.classes and len(classes) == len(layout.classes):
+        remedy = "Slice both to the classes they share, for a vocabulary the tokenizer's size."
+        expected = f"{layout.classes} classes along axis {layout.axis}, like {other}"
+        fail(caller, argument, expected, f"{classes}", remedy + " Never pad with zeros.")
+    expected = f"shape {layout.shape}, like {other}, or {layout.classes}, one distribution for all"
+    remedy = "Nothing else broadcasts; use jnp.broadcast_to where that is meant."
+    fail(caller, argument, expected, f"{shape}", remedy)
+
+
+def _require_type(x: Array, kinds: Any, message: str) -> None:
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    chex.assert_equal(
+        any(jnp.issubdtype(x.dtype, kind) for kind in kinds),
+        True,
+        custom_message=message,
+        include_default_message=False,
+        exception_type=TypeError,
+    )
+
+
+def _message(caller: str, argument: str, expected: str, got: str, remedy: str) -> str:
+    verb = "have" if expected.startswith("shape ") else "be"
+    return f"{caller}: {argument} must {verb} {expected}; got {got}. {remedy}"
+
+
+# ---- values: under checkify only ----
+
+# Sums of 16-bit probabilities are this far off; a real mistake is further.
+_SLACK = 0.02
+
+
+def check_distribution(
+    caller: str,
+    argument: str,
+    kind: str,
+    x: Array,
+    counted: Array | None,
+    axis: tuple[int, ...],
+    *,
+    bare: bool,
+    at_its_word: bool,
+) -> None:
+    """Report values that cannot be what their type says; `counted` are those with an effect."""
+    counted = jnp.broadcast_to(True if counted is None else counted, x.shape)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    where = f"{caller}: {argument}"
+    debug_check(~jnp.any(jnp.isnan(x) & counted), f"{where} hold NaN")
+    if kind == "logits":
+        if bare:
+            message = f"{where} look like probabilities (all in [0, 1], rows sum to 1); "
+            debug_check(~_are_probabilities(x, counted, axis), message + "wrap them in Probs")
+        return
+    held, probs = ("probabilities", x) if kind == "probs" else ("log-probabilities", jnp.exp(x))
+    sign = "negative" if kind == "probs" else "positive"
+    bound = x >= 0 if kind == "probs" else x <= _SLACK
+    remedy = "Logits are what need not be normalised"
+    debug_check(jnp.all(bound | ~counted), f"{where} hold {sign} {held}; {remedy}")
+    if at_its_word:
+        off = _off_from_one(probs, counted, axis)
+        message = f"{where} hold {held} that do not sum to 1, but are {{off}} off; {remedy}"
+        debug_check(off <= _SLACK, message, off=off)
+
+
+def _are_probabilities(x: Array, counted: Array, axis: tuple[int, ...]) -> Array:
+    inside = jnp.all(((x >= 0) & (x <= 1)) | ~counted)
+    return inside & (_off_from_one(x, counted, axis) < 1e-3) & jnp.any(counted)
+
+
+def _off_from_one(probs: Array, counted: Array, axis: tuple[int, ...]) -> Array:
+    """How far the worst row that counts is from summing to 1."""
+    total = jnp.sum(jnp.where(counted, probs, 0), axis=axis)
+    return jnp.max(jnp.where(jnp.any(counted, axis=axis), jnp.abs(total - 1), 0), initial=0)
+
+
+def check_labels(caller: str, labels: Array, live: Array | None, classes: int) -> None:
+    valid = (labels >= 0) & (labels < classes)
+    message = f"{caller}: labels must be in [0, {classes}); give other examples the weight 0"
+    debug_check(jnp.all(valid if live is None else valid | ~live), message)
+
+
+def check_weights(caller: str, argument: str, weights: Array | None) -> None:
+    if weights is not None and weights.dtype != bool:
+        message = f"{caller}: {argument} must not be negative or NaN"
+        debug_check(jnp.all(weights >= 0), message)
+
+
+def check_temperature(caller: str, temperature: Array | None) -> None:
+    if temperature is not None:
+        message = f"{caller}: temperature must be positive; got {{temperature}}"
+        debug_check(temperature > 0, message, temperature=temperature)
+
+
+def is_static_zero(value: Any) -> bool:
+    """Whether an option is known to be 0 while tracing."""
+    return isinstance(value, numbers.Real) and not isinstance(value, jax.Array) and value == 0

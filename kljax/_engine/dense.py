@@ -1,0 +1,158 @@
+"""The dense path: whole arrays at once, with a derivative rule made of exact coefficients.
+
+The rule returns the value together with the coefficient of every tangent that is really there.
+One such rule serves reverse mode, forward mode and, differentiated again, all higher orders.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from kljax._engine.representation import Operands, Spec, View, to_input, view
+from kljax._engine.terms import weigh
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def rows(spec: Spec, operands: Operands) -> Array:
+    """Sum the term over the classes and scale each example: one number per example."""
+    seen = view(spec, operands)
+    contributions = _present(operands.where, _term(spec, seen, operands.params))
+    values = jnp.sum(contributions, axis=spec.axis)
+    return values if operands.scale is None else weigh(operands.scale, values)
+
+
+@partial(rows.defjvp, symbolic_zeros=True)
+def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands]):
+    (operands,), (dots,) = primals, tangents
+    seen = view(spec, operands)
+    present = _in_live_examples(spec, operands)
+    values = rows(spec, operands._replace(scale=None))
+    invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
+
+    values_dot = jnp.zeros_like(values)
+    for i, (kind, side, x, x_dot) in enumerate(
+        zip(spec.kinds, seen.sides, operands.inputs, dots.inputs, strict=True)
+    ):
+        to_x, to_temperature = _moves(x_dot), side.scores is not None and _moves(dots.temperature)
+        if not (to_x or to_temperature):
+            continue
+        slope = _present(present, _slope(spec, seen, operands.params, i))
+        total = jnp.sum(slope, axis=spec.axis, keepdims=True)
+        if side.scores is not None:
+            slope = slope - jnp.exp(side.log_probs) * total
+        # An infinite divergence has no derivative to the side that put mass where none is: NaN
+        # for the whole row, for the entries that would be finite are no gradient of anything.
+        slope = jnp.where(invalid | ~jnp.isfinite(total), jnp.nan, slope)
+        slope = _present(present, slope)
+        if to_temperature:
+            along = -jnp.sum(_masked_product(slope, side.scores), axis=spec.axis)
+            values_dot += along * (dots.temperature / operands.temperature)
+        if to_x:
+            if side.scores is not None and operands.temperature is not None:
+                slope = slope / operands.temperature
+            coefficient = to_input(kind, slope, x)
+            values_dot += jnp.sum(coefficient * x_dot.astype(slope.dtype), axis=spec.axis)
+    values_dot += _params_tangent(spec, seen, operands.params, dots.params, present)
+
+    if operands.scale is None:
+        return values, values_dot
+    scale_dot = dots.scale if _moves(dots.scale) else jnp.zeros_like(operands.scale)
+    return jax.jvp(weigh, (operands.scale, values), (scale_dot, values_dot))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def elements(spec: Spec, operands: Operands) -> Array:
+    """The term at each class, not summed; classes that do not exist give 0."""
+    return _present(operands.where, _term(spec, view(spec, operands), operands.params))
+
+
+@partial(elements.defjvp, symbolic_zeros=True)
+def _elements_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands]):
+    (operands,), (dots,) = primals, tangents
+    seen = view(spec, operands)
+    values = elements(spec, operands)
+    values_dot = jnp.zeros_like(values)
+    for i, (kind, side, x, x_dot) in enumerate(
+        zip(spec.kinds, seen.sides, operands.inputs, dots.inputs, strict=True)
+    ):
+        slope = _present(operands.where, _slope(spec, seen, operands.params, i))
+        normalized, probs = side.scores is not None, jnp.exp(side.log_probs)
+        if _moves(x_dot):
+            step = x_dot.astype(slope.dtype)
+            along = to_input(kind, slope, x) * step
+            if normalized:
+                mean = jnp.sum(to_input(kind, probs, x) * step, axis=spec.axis, keepdims=True)
+                along = along - slope * mean
+                along = along if operands.temperature is None else along / operands.temperature
+            values_dot += _present(operands.where, along)
+        if normalized and _moves(dots.temperature):
+            mean = _masked_product(probs, side.scores).sum(axis=spec.axis, keepdims=True)
+            along = slope * mean - _masked_product(slope, side.scores)
+            values_dot += _present(operands.where, along) * dots.temperature / operands.temperature
+    return values, values_dot
+
+
+def _term(spec: Spec, seen: View, params: tuple[Any, ...]) -> Array:
+    return spec.term(seen.log_probs, seen.log_ratio, params)
+
+
+def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
+    """The term's derivative to the log-probabilities of side i."""
+
+    def along(log_probs: Array, log_ratio: Array) -> Array:
+        both = (*seen.log_probs[:i], log_probs, *seen.log_probs[i + 1 :])
+        return spec.term(both, log_ratio, params)
+
+    ones = jnp.ones_like(seen.log_ratio)
+    sign = 1 if i == 0 else -1
+    return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
+
+
+def _params_tangent(
+    spec: Spec, seen: View, params: tuple[Any, ...], dots: tuple[Any, ...], present: Array | None
+) -> Array:
+    """The derivative along the term's own parameters, for those that move."""
+    leaves, tree = jax.tree.flatten(params)
+    moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
+    if not moving:
+        return jnp.zeros((), seen.log_ratio.dtype)
+
+    def along(*moved: Array) -> Array:
+        whole = list(leaves)
+        for i, leaf in zip(moving, moved, strict=True):
+            whole[i] = leaf
+        return _present(present, _term(spec, seen, jax.tree.unflatten(tree, whole)))
+
+    steps = [tree.flatten_up_to(dots)[i] for i in moving]
+    tangent = jax.jvp(along, [leaves[i] for i in moving], steps)[1]
+    return jnp.sum(tangent, axis=spec.axis)
+
+
+def _in_live_examples(spec: Spec, operands: Operands) -> Array | None:
+    """The classes that exist, in the examples that count."""
+    if operands.scale is None:
+        return operands.where
+    live = jnp.expand_dims(operands.scale != 0, spec.axis)
+    return live if operands.where is None else operands.where & live
+
+
+def _present(where: Array | None, values: Array) -> Array:
+    """Select, never multiply: NaN where nothing exists has no effect."""
+    return values if where is None else jnp.where(where, values, 0)
+
+
+def _masked_product(slope: Array, scores: Array) -> Array:
+    """slope · score, with 0 · inf = 0 at a class of probability zero."""
+    masked = slope == 0
+    return slope * jnp.where(masked, 0, scores)
+
+
+def _moves(tangent: Any) -> bool:
+    """Whether a tangent is really there: nothing is computed for a frozen input."""
+    if tangent is None or isinstance(tangent, SymbolicZero):
+        return False
+    return tangent.dtype != jax.dtypes.float0

@@ -1,0 +1,170 @@
+"""From what the user holds to log-probabilities, and derivatives back to what the user holds.
+
+Everything here is plain JAX that stays finite in every derivative: a class of probability zero
+enters as a constant, so that no 0 · inf arises where the engine's rules are differentiated again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kljax._engine.terms import log_difference
+
+Kind = Literal["logits", "log_probs", "probs", "labels"]
+
+# (log-probabilities of each side, log pred - log target, params) -> contributions per class
+Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
+
+# What a term is shown at a class that does not exist; its answer there is dropped.
+_ABSENT = math.log(0.5)
+
+
+class Spec(NamedTuple):
+    """What to compute: everything that chooses code."""
+
+    term: Term
+    kinds: tuple[Kind, ...]
+    axis: tuple[int, ...]
+
+
+class Operands(NamedTuple):
+    """What to compute it from; all arrays broadcast against the whole input, batch and classes."""
+
+    inputs: tuple[Array, ...]
+    where: Array | None
+    temperature: Array | None
+    params: tuple[Any, ...]
+    scale: Array | None  # one per example; 0 removes the example
+
+
+class Side(NamedTuple):
+    """One distribution: its log-probabilities and, if the library normalised it, the parts."""
+
+    log_probs: Array
+    logs: Array
+    scores: Array | None = None  # (logs - peak) / T
+    peak: Array | None = None
+    mass: Array | None = None  # sum of exp(scores)
+
+
+class View(NamedTuple):
+    """All sides on one shape, and the logarithm of their ratio."""
+
+    sides: tuple[Side, ...]
+    log_probs: tuple[Array, ...]
+    log_ratio: Array
+
+
+def normalizes(kind: Kind, temperature: Any) -> bool:
+    """Whether the library normalises a side, or takes it at its word."""
+    return kind == "logits" or (kind != "labels" and temperature is not None)
+
+
+def compute_dtype(inputs: tuple[Array, ...]) -> jnp.dtype:
+    """float64 stays float64; all else is computed in float32."""
+    return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in inputs) else "float32")
+
+
+def view(spec: Spec, operands: Operands) -> View:
+    """Read every side as log-probabilities, ready for a term."""
+    shape = jnp.broadcast_shapes(*(x.shape for x in operands.inputs))
+    dtype = compute_dtype(operands.inputs)
+    sides = tuple(
+        _side(kind, x, operands, spec.axis, shape, dtype)
+        for kind, x in zip(spec.kinds, operands.inputs, strict=True)
+    )
+    ratio = _log_ratio(sides, operands.temperature)
+    log_probs = tuple(side.log_probs for side in sides)
+    if operands.where is not None:
+        log_probs = tuple(jnp.where(operands.where, x, _ABSENT) for x in log_probs)
+        ratio = jnp.where(operands.where, ratio, 0)
+    full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
+    return View(sides, tuple(full[:-1]), full[-1])
+
+
+def to_input(kind: Kind, slope: Array, x: Array) -> Array:
+    """The derivative to the input itself, from the derivative to its logarithm."""
+    if kind != "probs":
+        return slope
+    x = x.astype(slope.dtype)
+    masked = (slope == 0) & (x == 0)
+    return jnp.where(masked, 0, slope / jnp.where(masked, 1, x))
+
+
+def _side(
+    kind: Kind,
+    x: Array,
+    operands: Operands,
+    axis: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Side:
+    if kind == "labels":
+        log_probs = _log_one_hot(x, operands.where, axis, shape, dtype)
+        return Side(log_probs, log_probs)
+    logs = x.astype(dtype)
+    if kind == "probs":
+        zero = logs == 0
+        logs = jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, logs)))
+    if operands.where is not None:
+        logs = jnp.where(operands.where, logs, -jnp.inf)
+    if not normalizes(kind, operands.temperature):
+        return Side(logs, logs)
+    return _normalize(logs, operands.where, operands.temperature, axis)
+
+
+def _normalize(
+    logs: Array, where: Array | None, temperature: Array | None, axis: tuple[int, ...]
+) -> Side:
+    zero = jnp.isneginf(logs)
+    peak = lax.stop_gradient(jnp.max(logs, axis=axis, keepdims=True, initial=-jnp.inf))
+    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+    # The peak goes before the division: logits of 1e30 divided by T first would overflow.
+    scores = jnp.where(zero, 0, logs) - peak
+    if temperature is not None:
+        scores = scores / temperature
+    scores = jnp.where(zero, -jnp.inf, scores)
+    mass = jnp.sum(jnp.exp(scores), axis=axis, keepdims=True)
+    if where is not None:
+        mass = jnp.where(jnp.any(where, axis=axis, keepdims=True), mass, 1)
+    return Side(scores - jnp.log(mass), logs, scores, peak, mass)
+
+
+def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
+    """log pred - log target, not as a difference of two rounded log-probabilities."""
+    if len(sides) == 1:
+        return jnp.zeros_like(sides[0].log_probs)
+    a, b = sides
+    if a.scores is None or b.scores is None:
+        return log_difference(a.log_probs, b.log_probs)
+    a_zero, b_zero = jnp.isneginf(a.logs), jnp.isneginf(b.logs)
+    either = a_zero | b_zero
+    a_logs, b_logs = jnp.where(either, 0, a.logs), jnp.where(either, 0, b.logs)
+    # Near each other the logits differ exactly; far apart what stands below each peak does.
+    near = (a_logs - b_logs) - (a.peak - b.peak)
+    far = (a_logs - a.peak) - (b_logs - b.peak)
+    apart = jnp.abs(a_logs - b_logs) > jnp.maximum(jnp.abs(a_logs - a.peak), 1)
+    difference = jnp.where(apart, far, near)
+    if temperature is not None:
+        difference = difference / temperature
+    ratio = difference - jnp.log1p((a.mass - b.mass) / b.mass)
+    infinite = jnp.where(b_zero, jnp.where(a_zero, 0, jnp.inf), -jnp.inf)
+    return jnp.where(either, infinite, ratio)
+
+
+def _log_one_hot(
+    labels: Array,
+    where: Array | None,
+    axis: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> Array:
+    """log of one-hot labels; NaN in a row whose label names no class that exists."""
+    hit = lax.broadcasted_iota(labels.dtype, shape, axis[0]) == labels
+    if where is not None:
+        hit = hit & where
+    found = jnp.any(hit, axis=axis, keepdims=True)
+    return jnp.where(found, jnp.where(hit, 0, -jnp.inf), jnp.nan).astype(dtype)

@@ -1,0 +1,279 @@
+"""Elementwise terms on log-probabilities, and the zero rules.
+
+This is the only module that knows what 0 · log 0 and 0 · inf mean. A probability of zero is a
+log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and infinities alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
+_SERIES_BOUND = 0.5
+
+
+def log_difference(log_a: Array, log_b: Array) -> Array:
+    """log a - log b, with 0 where both are log 0."""
+    both_zero = jnp.isneginf(log_a) & jnp.isneginf(log_b)
+    return jnp.where(both_zero, 0, log_a) - jnp.where(both_zero, 0, log_b)
+
+
+def _times_exp(log_p: Array, x: Array) -> Array:
+    """p · x: 0 where p = 0; inf where x is, even if p is too small for its dtype."""
+    zero = jnp.isneginf(log_p) & ~jnp.isnan(x)
+    p = jnp.exp(log_p)
+    p = jnp.where(jnp.isinf(x), jnp.maximum(p, jnp.finfo(p.dtype).tiny), p)
+    return p * jnp.where(zero, 0, x)
+
+
+def weigh(weight: Array, value: Array) -> Array:
+    """weight · value, where weight 0 removes the value whatever it is."""
+    return _weigh(*jnp.broadcast_arrays(weight, value))
+
+
+@jax.custom_jvp
+def _weigh(weight: Array, value: Array) -> Array:
+    return jnp.where(weight == 0, 0, jnp.where(weight == 0, 0, value) * weight)
+
+
+@_weigh.defjvp
+def _weigh_jvp(primals, tangents):
+    (weight, value), (weight_dot, value_dot) = primals, tangents
+    removed = weight == 0
+    # The derivative to a zero weight is the value itself, unless that value is what it removes.
+    seen = jnp.where(removed & ~jnp.isfinite(value), 0, value)
+    return _weigh(weight, value), seen * weight_dot + weight * jnp.where(removed, 0, value_dot)
+
+
+def term_kl(log_p: Array, log_q: Array, log_ratio: Array | None = None) -> Array:
+    r"""The textbook contribution to KL: p (log p - log q).
+
+    .. math:: p_i (\log p_i - \log q_i)
+
+    Shapes: elementwise; both arguments broadcast. Units: nats.
+
+    Zeros: 0 where p = 0, also where q = 0 there; +inf where only q = 0. NaN gives NaN.
+    Gradients: to both arguments, in every mode and order; 0 where p = 0.
+
+    Args:
+        log_p: Log-probabilities, -inf allowed.
+        log_q: Log-probabilities, -inf allowed.
+        log_ratio: log q - log p, where it is known more exactly than as that difference.
+
+    Returns:
+        The contribution of each class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.term_kl(jnp.log(jnp.array([0.5, 0.0])), jnp.log(jnp.array([0.25, 0.0]))))
+        [0.34657362 0.        ]
+
+    Source: Cover and Thomas, Elements of Information Theory, section 2.3.
+    """
+    if log_ratio is None:
+        log_ratio = log_difference(log_q, log_p)
+    return _times_exp(log_p, -log_ratio)
+
+
+def term_generalized_kl(log_p: Array, log_q: Array, log_ratio: Array | None = None) -> Array:
+    r"""The non-negative contribution to KL: q - p + p (log p - log q).
+
+    .. math:: q_i - p_i + p_i (\log p_i - \log q_i)
+
+    Its sum is the KL divergence wherever p and q have the same total. No contribution is
+    negative, each is exactly 0 where p = q, and each stays accurate where p and q are close,
+    for with d = log q - log p it is summed as p (e\ :sup:`d` - 1 - d).
+
+    Shapes: elementwise; both arguments broadcast. Units: nats.
+
+    Zeros: q where p = 0; +inf where only q = 0. NaN gives NaN.
+    Gradients: to both arguments, in every mode and order: q - p to log q, p (log p - log q) to
+    log p.
+
+    Args:
+        log_p: Log-probabilities, -inf allowed.
+        log_q: Log-probabilities, -inf allowed.
+        log_ratio: log q - log p, where it is known more exactly than as that difference.
+
+    Returns:
+        The contribution of each class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+        >>> print(kljax.term_generalized_kl(log_p, log_q))
+        [0.09657359 0.04726744]
+
+    Source: Csiszár, Why least squares and maximum entropy?, Annals of Statistics 19 (1991),
+    section 2 (the I-divergence of unnormalised distributions).
+    """
+    if log_ratio is None:
+        log_ratio = log_difference(log_q, log_p)
+    return _generalized_kl(*jnp.broadcast_arrays(log_p, log_q, log_ratio))
+
+
+@jax.custom_jvp
+def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    close = jnp.abs(d) < _SERIES_BOUND
+    near = p * _expm1_minus(jnp.where(close, d, 0))
+    return jnp.where(close, near, (q - p) + term_kl(log_p, log_q, d))
+
+
+@_generalized_kl.defjvp
+def _generalized_kl_jvp(primals, tangents):
+    log_p, log_q, d = primals
+    log_p_dot, log_q_dot, _ = tangents  # d is log q - log p, known better: no third variable
+    to_log_p, to_log_q = term_kl(log_p, log_q, d), _probability_difference(log_p, log_q, d)
+    return _generalized_kl(*primals), to_log_p * log_p_dot + to_log_q * log_q_dot
+
+
+@jax.custom_jvp
+def _probability_difference(log_p: Array, log_q: Array, d: Array) -> Array:
+    """q - p, without cancellation where the two are close."""
+    close = jnp.abs(d) < _SERIES_BOUND
+    near = jnp.where(close, d, 0)
+    difference = jnp.exp(log_q) - jnp.exp(log_p)
+    return jnp.where(close, jnp.exp(log_p) * (near + _expm1_minus(near)), difference)
+
+
+@_probability_difference.defjvp
+def _probability_difference_jvp(primals, tangents):
+    log_p, log_q, _ = primals
+    log_p_dot, log_q_dot, _ = tangents
+    tangent = jnp.exp(log_q) * log_q_dot - jnp.exp(log_p) * log_p_dot
+    return _probability_difference(*primals), tangent
+
+
+def _expm1_minus(d: Array) -> Array:
+    """exp(d) - 1 - d for |d| < 1/2, by its Taylor series to the last bit of the dtype."""
+    last = 17 if d.dtype == jnp.float64 else 10
+    total = jnp.ones_like(d)
+    for n in range(last, 2, -1):
+        total = 1 + total * d / n
+    return total * d * d / 2
+
+
+def term_cross_entropy(log_p: Array, log_q: Array) -> Array:
+    r"""The contribution to the cross-entropy H(p, q): -p log q.
+
+    .. math:: -p_i \log q_i
+
+    Shapes: elementwise; both arguments broadcast. Units: nats.
+
+    Zeros: 0 where p = 0, also where q = 0 there; +inf where only q = 0. NaN gives NaN.
+    Gradients: to both arguments, in every mode and order; 0 where p = 0.
+
+    Args:
+        log_p: Log-probabilities, -inf allowed.
+        log_q: Log-probabilities, -inf allowed.
+
+    Returns:
+        The contribution of each class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5])
+        >>> print(kljax.term_cross_entropy(jnp.log(p), jnp.log(q)))
+        [0.6931472 0.       ]
+
+    Source: Murphy, Probabilistic Machine Learning: An Introduction, section 6.1.2.
+    """
+    return _times_exp(log_p, -log_q)
+
+
+def term_entropy(log_p: Array) -> Array:
+    r"""The contribution to the entropy H(p): -p log p.
+
+    .. math:: -p_i \log p_i
+
+    Shapes: elementwise. Units: nats.
+
+    Zeros: 0 where p = 0. NaN gives NaN.
+    Gradients: in every mode and order; 0 where p = 0.
+
+    Args:
+        log_p: Log-probabilities, -inf allowed.
+
+    Returns:
+        The contribution of each class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.term_entropy(jnp.log(jnp.array([0.5, 0.5, 0.0]))))
+        [0.34657362 0.34657362 0.        ]
+
+    Source: Cover and Thomas, Elements of Information Theory, section 2.1.
+    """
+    return term_cross_entropy(log_p, log_p)
+
+
+def log_mixture(
+    log_a: Array, log_b: Array, weight: Array, log_ratio: Array | None = None
+) -> tuple[Array, Array, Array]:
+    r"""The log of a mixture m of two distributions, and its log-ratios to both.
+
+    .. math:: m_i = w a_i + (1 - w) b_i
+
+    The ratios log m - log a and log m - log b are those of m before it is rounded, so that a
+    divergence from m stays accurate where a and b are close, and all three are exact where a = b.
+
+    Shapes: elementwise; the arguments broadcast. Units: nats.
+
+    Zeros: either distribution, or both, may be zero; so may either weight. Where a log-ratio
+    would be log 0 - log 0 it is 0. NaN gives NaN.
+    Gradients: to both distributions and the weight.
+
+    Args:
+        log_a: Log-probabilities, -inf allowed.
+        log_b: Log-probabilities, -inf allowed.
+        weight: The share w of ``a``, in [0, 1].
+        log_ratio: log b - log a, where it is known more exactly than as that difference.
+
+    Returns:
+        (log m, log m - log a, log m - log b).
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> log_a, log_b = jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.5, 0.5]))
+        >>> print(jnp.exp(kljax.log_mixture(log_a, log_b, 0.5)[0]))
+        [0.75 0.25]
+
+    Source: Lin, Divergence measures based on the Shannon entropy, IEEE Transactions on
+    Information Theory 37 (1991), section IV.
+    """
+    if log_ratio is None:
+        log_ratio = log_difference(log_b, log_a)
+    log_m, over_a, over_b = _log_mixture(
+        *jnp.broadcast_arrays(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
+    )
+    return log_m, over_a, over_b
+
+
+@jax.custom_jvp
+def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
+    over_a = _log_weighted(1 - w, r)
+    over_b = _log_weighted(w, -r)
+    # Stepping from the larger side never adds inf to -inf.
+    log_m = jnp.where(r > 0, log_b + over_b, log_a + over_a)
+    none = jnp.isneginf(log_m)
+    over_a = jnp.where(none & jnp.isneginf(log_a), 0, over_a)
+    over_b = jnp.where(none & jnp.isneginf(log_b), 0, over_b)
+    return log_m, over_a, over_b
+
+
+@_log_mixture.defjvp
+def _log_mixture_jvp(primals, tangents):
+    log_a, log_b, w, _ = primals
+    a_dot, b_dot, w_dot, _ = tangents  # the ratio is log b - log a: no fourth variable
+    log_m, over_a, over_b = _log_mixture(*primals)
+    a_in_m, b_in_m = jnp.exp(-over_a), jnp.exp(-over_b)
+    m_dot = weigh(w, a_in_m) * a_dot + weigh(1 - w, b_in_m) * b_dot + (a_in_m - b_in_m) * w_dot
+    return (log_m, over_a, over_b), (m_dot, m_dot - a_dot, m_dot - b_dot)
+
+
+def _log_weighted(w: Array, r: Array) -> Array:
+    """log(1 - w + w exp(r)), exactly 0 at r = 0."""
+    close = jnp.abs(r) < 1
+    near = jnp.log1p(w * jnp.expm1(jnp.where(close, r, 0)))
+    return jnp.where(close, near, jnp.logaddexp(jnp.log1p(-w), jnp.log(w) + r))

@@ -1,0 +1,220 @@
+"""The pipeline behind every divergence: representation → terms → sum → weights → reduction."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from kljax import reduction as reductions
+from kljax._engine import checks, closures, dense, dispatch
+from kljax._engine.checks import Layout
+from kljax._engine.dispatch import Implementation
+from kljax._engine.representation import Kind, Operands, Spec, Term, compute_dtype, normalizes
+from kljax.distributions import Distribution, Logits, LogProbs, Probs
+from kljax.reduction import AxisName, Reduction
+
+
+class Formula(NamedTuple):
+    """A divergence as it is called: its name and arguments, for messages, and its terms."""
+
+    name: str
+    arguments: tuple[str, ...]
+    term: Term
+    normalized: Term | None = None  # serves where the library normalised every side
+
+
+class Held(NamedTuple):
+    """A distribution, unpacked."""
+
+    kind: Kind
+    array: Array
+    bare: bool = False  # the user did not say what it is
+
+
+class Plan(NamedTuple):
+    """All that chooses code, known before tracing."""
+
+    formula: Formula
+    spec: Spec
+    bare: tuple[bool, ...]
+    layout: Layout
+
+
+class Given(NamedTuple):
+    """All that is traced, as the user gave it."""
+
+    arrays: tuple[Array, ...]
+    where: Array | None
+    temperature: Array | None
+    params: tuple[Any, ...]
+
+
+def evaluate(
+    formula: Formula,
+    distributions: tuple[ArrayLike | Distribution | Held, ...],
+    *,
+    params: tuple[Any, ...] = (),
+    axis: int | Iterable[int] = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "none",
+    normalizer: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    """One value per example, or one number: check everything that is static, then run."""
+    plan, given = _prepare(formula, distributions, params, axis, where, temperature)
+    weights, normalizer = reductions.prepare(
+        formula.name, plan.layout.batch, weights, reduction, normalizer, axis_name
+    )
+    implementation = dispatch.choose(formula.name, implementation)
+    return _run(plan, implementation, reduction, axis_name, given, weights, normalizer)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(
+    plan: Plan,
+    implementation: Implementation,
+    reduction: Reduction,
+    axis_name: AxisName | None,
+    given: Given,
+    weights: Array | None,
+    normalizer: Array | None,
+) -> Array:
+    operands = _assemble(plan, given, weights)
+    dtype = compute_dtype(operands.inputs)
+    scale = reductions.example_scale(
+        plan.layout.batch, dtype, weights, reduction, normalizer, axis_name
+    )
+    values = dispatch.rows(implementation)(plan.spec, operands._replace(scale=scale))
+    return reductions.total(values, reduction, axis_name)
+
+
+def evaluate_elements(
+    formula: Formula,
+    distributions: tuple[ArrayLike | Distribution, ...],
+    *,
+    axis: int | Iterable[int],
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+) -> Array:
+    """One value per class: the pipeline without the sum and all that follows."""
+    plan, given = _prepare(formula, distributions, (), axis, where, temperature)
+    return _run_elements(plan, given)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_elements(plan: Plan, given: Given) -> Array:
+    return dense.elements(plan.spec, _assemble(plan, given, None))
+
+
+def read(name: str, argument: str, value: Any) -> Held:
+    """What an argument holds; a bare array holds logits."""
+    match value:
+        case Held():
+            return value
+        case Logits(logits=x):
+            held = Held("logits", checks.to_array(name, argument, x))
+        case LogProbs(log_probs=x):
+            held = Held("log_probs", checks.to_array(name, argument, x))
+        case Probs(probs=x):
+            held = Held("probs", checks.to_array(name, argument, x))
+        case _:
+            held = Held("logits", checks.to_array(name, argument, value), bare=True)
+    checks.require_float(name, argument, held.array)
+    return held
+
+
+def restore(held: Held) -> Array | Distribution:
+    """The argument again, lists now arrays."""
+    types = {"logits": Logits, "log_probs": LogProbs, "probs": Probs}
+    return held.array if held.bare else types[held.kind](held.array)
+
+
+def read_layout(
+    name: str, arguments: tuple[str, ...], held: tuple[Held, ...], axis: int | Iterable[int]
+) -> Layout:
+    """Where batch and classes lie, from the sides that have classes; labels then fit or raise."""
+    soft = [(a, h.array.shape) for a, h in zip(arguments, held, strict=True) if h.kind != "labels"]
+    layout = checks.require_layout(name, *zip(*soft, strict=True), axis)
+    for h in held:
+        if h.kind == "labels":
+            checks.require_labels(name, h.array, layout)
+    return layout
+
+
+def read_options(
+    name: str, layout: Layout, where: ArrayLike | None, temperature: ArrayLike | None
+) -> tuple[Array | None, Array | None]:
+    """The options that change the distributions, as arrays."""
+    if where is not None:
+        where = checks.to_array(name, "where", where)
+        checks.require_where(name, where, layout)
+    if temperature is not None:
+        temperature = checks.require_temperature(name, temperature)
+    return where, temperature
+
+
+def _prepare(
+    formula: Formula,
+    distributions: tuple[Any, ...],
+    params: tuple[Any, ...],
+    axis: int | Iterable[int],
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+) -> tuple[Plan, Given]:
+    name, arguments = formula.name, formula.arguments
+    held = tuple(read(name, a, d) for a, d in zip(arguments, distributions, strict=True))
+    layout = read_layout(name, arguments, held, axis)
+    where, temperature = read_options(name, layout, where, temperature)
+    kinds, arrays, bare = (tuple(column) for column in zip(*held, strict=True))
+
+    normalized = all(normalizes(kind, temperature) for kind in kinds)
+    term = formula.normalized if normalized and formula.normalized else formula.term
+    dtype = compute_dtype(arrays)
+    term, params = closures.hoist(term, len(held), layout.shape, dtype, params)
+    plan = Plan(formula, Spec(term, kinds, layout.axis), bare, layout)
+    return plan, Given(arrays, where, temperature, params)
+
+
+def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
+    """Everything on the axes of the whole input, with its values checked."""
+    layout, kinds = plan.layout, plan.spec.kinds
+    inputs = tuple(
+        jnp.expand_dims(x, layout.axis) if kind == "labels" else layout.expand(x)
+        for kind, x in zip(kinds, given.arrays, strict=True)
+    )
+    where = None if given.where is None else layout.expand(given.where)
+    temperature = given.temperature
+    if temperature is not None:
+        temperature = temperature.astype(compute_dtype(inputs))
+    operands = Operands(inputs, where, temperature, given.params, None)
+    _check_values(plan, operands, weights)
+    return operands
+
+
+def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None:
+    name, layout = plan.formula.name, plan.layout
+    checks.check_weights(name, "weights", weights)
+    checks.check_temperature(name, operands.temperature)
+    live = None if weights is None else jnp.expand_dims(weights != 0, layout.axis)
+    counted = operands.where if live is None else live
+    if live is not None and operands.where is not None:
+        counted = operands.where & live
+    for i, (argument, kind) in enumerate(zip(plan.formula.arguments, plan.spec.kinds, strict=True)):
+        x = operands.inputs[i]
+        if kind == "labels":
+            checks.check_labels(name, x, live, layout.classes[0])
+            continue
+        at_its_word = not normalizes(kind, operands.temperature)
+        # A distribution that the batch shares counts where any example does.
+        x = jnp.broadcast_to(x, layout.shape)
+        checks.check_distribution(
+            name, argument, kind, x, counted, layout.axis,
+            bare=plan.bare[i], at_its_word=at_its_word,
+        )  # fmt: skip

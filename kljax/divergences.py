@@ -1,0 +1,512 @@
+"""The divergences.
+
+Each reads as the picture: representation → terms → sum over classes → weights → reduction. A
+divergence is a formula on log-probabilities; `divergence` makes it a loss, for the built-in ones
+as for the user's own. Predictions s come first and targets t second, except in `kl(p, q)`.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol, TypedDict, Unpack
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from kljax import _pipeline
+from kljax._engine import checks
+from kljax._engine.dispatch import Implementation
+from kljax._engine.terms import (
+    log_difference,
+    log_mixture,
+    term_cross_entropy,
+    term_entropy,
+    term_generalized_kl,
+    term_kl,
+    weigh,
+)
+from kljax._pipeline import Formula, Held
+from kljax.distributions import Distribution
+from kljax.reduction import AxisName, Reduction
+
+Given = ArrayLike | Distribution
+KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
+
+
+class Options(TypedDict, total=False):
+    """What every divergence takes besides its distributions; see `forward_kl`."""
+
+    axis: int | Iterable[int]
+    where: ArrayLike | None
+    temperature: ArrayLike | None
+    weights: ArrayLike | None
+    reduction: Reduction
+    normalizer: ArrayLike | None
+    axis_name: AxisName | None
+    implementation: Implementation | None
+
+
+class Divergence(Protocol):
+    """A loss from two distributions."""
+
+    def __call__(
+        self,
+        predictions: Given,
+        targets: Given,
+        *,
+        params: tuple[Any, ...] = (),
+        **options: Unpack[Options],
+    ) -> Array: ...
+
+
+def divergence(
+    term: Callable[..., Array], *, normalized: Callable[..., Array] | None = None
+) -> Divergence:
+    r"""Make a divergence from a term; also a decorator.
+
+    .. math:: D = \sum_i f(\log s_i, \log t_i)
+
+    Shapes: the term is elementwise on log-probabilities, float32 unless an input is float64; the
+    divergence has the options, shapes and derivatives of `forward_kl`. Units: the term's own.
+
+    Zeros: -inf reaches the term and is its own to answer for; the exported pieces (`term_kl`,
+    `term_cross_entropy`, `log_mixture`, …) do. Masked classes never reach it.
+    Gradients: to both sides, to ``params`` and to traced values that the term closes over, in
+    every mode. A term that closes over traced values is compiled anew at each call outside
+    ``jit``; ``params`` are not.
+
+    Args:
+        term: ``term(log_pred, log_target, *params)``, the contribution of each class.
+        normalized: A term of the same sum for two sides that the library itself normalised, as
+            ``normalized(log_pred, log_target, log_ratio, *params)``. ``log_ratio`` is
+            log pred - log target before these were rounded: with `term_generalized_kl` it keeps
+            a divergence accurate near equality.
+
+    Returns:
+        ``f(predictions, targets, *, params=(), <options of forward_kl>)``.
+
+    Raises:
+        ValueError: When called, if the term does not return one contribution per class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> @kljax.divergence
+        ... def squared_hellinger(log_s, log_t):
+        ...     return 0.5 * (jnp.exp(0.5 * log_s) - jnp.exp(0.5 * log_t)) ** 2
+        >>> print(squared_hellinger(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0])))
+        0.29289323
+
+    Source: the f-divergences of Csiszár and Shields, Information Theory and Statistics: A
+    Tutorial (2004), section 4.
+    """
+    name = getattr(term, "__name__", "divergence")
+    formula = Formula(
+        "divergence" if name == "<lambda>" else name,
+        ("predictions", "targets"),
+        lambda log_probs, _, params: term(*log_probs, *params),
+        normalized and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, *params)),
+    )
+
+    def compute(
+        predictions: Given,
+        targets: Given,
+        *,
+        params: tuple[Any, ...] = (),
+        **options: Unpack[Options],
+    ) -> Array:
+        return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(compute, attribute, getattr(term, attribute, None))
+    return compute
+
+
+def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Divergence:
+    """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, *params).
+
+    The textbook term serves sides taken at their word, the non-negative one sides that the
+    library normalised.
+    """
+
+    def textbook(s: Array, t: Array, *params: Any) -> Array:
+        return formula(term_kl, s, t, log_difference(s, t), *params)
+
+    def normalized(s: Array, t: Array, ratio: Array, *params: Any) -> Array:
+        return formula(term_generalized_kl, s, t, ratio, *params)
+
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(textbook, attribute, getattr(formula, attribute))
+    textbook.__name__ = name or formula.__name__
+    return divergence(textbook, normalized=normalized)
+
+
+@_of_kl
+def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
+    r"""Forward KL, D(targets‖predictions): the distillation loss; mass-covering.
+
+    .. math:: D(t\|s) = \sum_i t_i (\log t_i - \log s_i)
+
+    Shapes: both sides ``batch + classes``, equal; or one of them ``classes`` alone, one
+    distribution for the whole batch. Nothing else broadcasts. The result has the batch shape, or
+    none if reduced; float32, or float64 if an input is. Units: nats.
+
+    Zeros: a zero target contributes 0, whatever the prediction; a zero prediction under a
+    positive target gives +inf; an example with no class left gives 0. NaN gives NaN unless it is
+    masked by ``where`` or has weight 0. Where the library normalised both sides (logits, or any
+    side given a temperature) the result is never negative, and exactly 0 at equality.
+    Gradients: to both sides, temperature, weights and normalizer, in reverse and forward mode
+    and of second order. Nothing is stopped: stop a teacher with ``jax.lax.stop_gradient``. Where
+    the value is +inf the gradient to predictions is finite on logits (softmax - t) and that to
+    targets is NaN. Gradients through ``axis_name``: see `reduce`.
+
+    Args:
+        predictions: The model, student or policy: `Logits` or a bare array, `LogProbs`, `Probs`.
+        targets: The data, teacher or reference, likewise.
+        axis: The axis, or axes, that one distribution occupies.
+        where: bool, which classes exist, for both sides: shape ``classes`` or the whole input's.
+        temperature: Both sides become softmax(log-probabilities / T), T > 0. The result is not
+            multiplied by T². None leaves the inputs untouched.
+        weights: bool, int or float, one per example: exactly the batch shape.
+        reduction: "none", "mean" (by the sum of weights), "sum" or "batchmean" (by the leading
+            batch size, whatever the weights).
+        normalizer: With "mean", what to divide by instead; already global. 0 gives 0.
+        axis_name: Named mapped axes to sum numerator and denominator over before dividing.
+        implementation: None chooses; "dense" is the whole arrays at once.
+
+    Returns:
+        wℓ per example, or their reduction.
+
+    Raises:
+        ValueError: For a shape or option that does not fit, when tracing. TypeError: for a dtype.
+            Under ``checkify`` also for values that cannot be what their type says.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> student, teacher = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 1.0, 4.0]])
+        >>> print(kljax.forward_kl(student, teacher))
+        [0.17534062]
+
+    Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015),
+    section 2; Cover and Thomas, Elements of Information Theory, section 2.3.
+    """
+    return kl(t, s, ratio)
+
+
+@_of_kl
+def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
+    r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
+
+    .. math:: D(s\|t) = \sum_i s_i (\log s_i - \log t_i)
+
+    Shapes, units, options, errors: as `forward_kl`.
+
+    Zeros: a zero prediction contributes 0; a zero target under a positive prediction gives +inf.
+    Gradients: as `forward_kl`, with the sides exchanged: where the value is +inf, finite to
+    targets and NaN to predictions.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> student, teacher = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 1.0, 4.0]])
+        >>> print(kljax.reverse_kl(student, teacher))
+        [0.22595456]
+
+    Source: Murphy, Probabilistic Machine Learning: Advanced Topics, section 5.1.3.
+    """
+    return kl(s, t, -ratio)
+
+
+@_of_kl
+def jeffreys(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
+    r"""Jeffreys divergence, forward plus reverse KL; symmetric.
+
+    .. math:: D(t\|s) + D(s\|t) = \sum_i (t_i - s_i)(\log t_i - \log s_i)
+
+    Shapes, units, options, errors: as `forward_kl`.
+
+    Zeros: +inf where exactly one side is zero, 0 where both are.
+    Gradients: as `forward_kl`; where the value is +inf they are those of its two parts, so NaN
+    to the side that put mass where the other has none.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> student, teacher = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 1.0, 4.0]])
+        >>> print(kljax.jeffreys(student, teacher))
+        [0.40129518]
+
+    Source: Jeffreys, Theory of Probability, section 3.10.
+    """
+    return kl(t, s, ratio) + kl(s, t, -ratio)
+
+
+def jensen_shannon(
+    predictions: Given,
+    targets: Given,
+    *,
+    beta: ArrayLike = 0.5,
+    normalized: bool = False,
+    **options: Unpack[Options],
+) -> Array:
+    r"""Generalised Jensen–Shannon divergence from the mixture m of both sides; bounded.
+
+    .. math:: J = \beta D(t\|m) + (1 - \beta) D(s\|m), \qquad m = \beta t + (1 - \beta) s
+
+    Shapes, units, options, errors: as `forward_kl`. Never above the entropy of (β, 1 - β):
+    log 2 at ½.
+
+    Zeros: always finite; a class that both sides lack contributes 0.
+    Gradients: to both sides and beta, finite everywhere.
+
+    Args:
+        predictions: As for `forward_kl`.
+        targets: As for `forward_kl`.
+        beta: The targets' share of the mixture, in [0, 1]; may be traced. J itself goes to 0 at
+            both ends.
+        normalized: Divide by β(1 - β): continuous in β, forward KL at 0, reverse KL at 1 and
+            4 times the Jensen–Shannon divergence at ½.
+        **options: As for `forward_kl`.
+
+    Raises:
+        ValueError: If beta is outside [0, 1]; when traced, under ``checkify``.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.jensen_shannon(kljax.Probs([1.0, 0.0]), kljax.Probs([0.0, 1.0])))
+        0.6931472
+
+    Source: Lin, Divergence measures based on the Shannon entropy, IEEE Transactions on
+    Information Theory 37 (1991), section IV; Agarwal et al., On-Policy Distillation of Language
+    Models (GKD, 2024), section 2.
+    """
+    checks.require_fraction("jensen_shannon", "beta", beta)
+    compute = _jensen_shannon_scaled if normalized else _jensen_shannon
+    return compute(predictions, targets, params=(beta,), **options)
+
+
+@partial(_of_kl, name="jensen_shannon")
+def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
+    return _mixed(kl, s, t, ratio, beta)
+
+
+@partial(_of_kl, name="jensen_shannon")
+def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
+    """J / (β(1 - β)), and at the ends its limit, to first order in β."""
+    at_end = (beta == 0) | (beta == 1)
+    inside = jnp.where(at_end, 0.5, beta)
+    between = _mixed(kl, s, t, ratio, inside) / (inside * (1 - inside))
+    s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
+    forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
+    from_0 = weigh(beta, forward - 0.5 * jnp.exp(s) * jnp.expm1(-ratio) ** 2)
+    from_1 = weigh(1 - beta, reverse - 0.5 * jnp.exp(t) * jnp.expm1(ratio) ** 2)
+    return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
+
+
+def _mixed(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
+    m, m_over_t, m_over_s = log_mixture(t, s, beta, ratio)
+    return weigh(beta, kl(t, m, m_over_t)) + weigh(1 - beta, kl(s, m, m_over_s))
+
+
+def skew_forward_kl(
+    predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
+) -> Array:
+    r"""Skew forward KL: from the targets to a mixture that holds a little of them; bounded.
+
+    .. math:: D(t \,\|\, \alpha t + (1 - \alpha) s)
+
+    Shapes, units, options, errors: as `forward_kl`. Never above -log α.
+
+    Zeros: finite for α > 0, where a zero prediction costs t log(1/α); α = 0 is `forward_kl`.
+    Gradients: to both sides and alpha.
+
+    Args:
+        predictions: As for `forward_kl`.
+        targets: As for `forward_kl`.
+        alpha: The targets' share of the mixture, in [0, 1]; may be traced.
+        **options: As for `forward_kl`.
+
+    Raises:
+        ValueError: If alpha is outside [0, 1]; when traced, under ``checkify``.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.skew_forward_kl(kljax.Probs([1.0, 0.0]), kljax.Probs([0.0, 1.0])))
+        2.3025851
+
+    Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
+    (2024), section 3.1.
+    """
+    checks.require_fraction("skew_forward_kl", "alpha", alpha)
+    return _skew_forward_kl(predictions, targets, params=(alpha,), **options)
+
+
+def skew_reverse_kl(
+    predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
+) -> Array:
+    r"""Skew reverse KL: from the predictions to a mixture that holds a little of them; bounded.
+
+    .. math:: D(s \,\|\, \alpha s + (1 - \alpha) t)
+
+    Shapes, units, options, errors: as `forward_kl`. Never above -log α.
+
+    Zeros: finite for α > 0, where a zero target costs s log(1/α); α = 0 is `reverse_kl`.
+    Gradients: to both sides and alpha.
+
+    Args:
+        predictions: As for `forward_kl`.
+        targets: As for `forward_kl`.
+        alpha: The predictions' share of the mixture, in [0, 1]; may be traced.
+        **options: As for `forward_kl`.
+
+    Raises:
+        ValueError: If alpha is outside [0, 1]; when traced, under ``checkify``.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.skew_reverse_kl(kljax.Probs([1.0, 0.0]), kljax.Probs([0.0, 1.0])))
+        2.3025851
+
+    Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
+    (2024), section 3.1.
+    """
+    checks.require_fraction("skew_reverse_kl", "alpha", alpha)
+    return _skew_reverse_kl(predictions, targets, params=(alpha,), **options)
+
+
+@partial(_of_kl, name="skew_forward_kl")
+def _skew_forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array) -> Array:
+    m, m_over_t, _ = log_mixture(t, s, alpha, ratio)
+    return kl(t, m, m_over_t)
+
+
+@partial(_of_kl, name="skew_reverse_kl")
+def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array) -> Array:
+    m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
+    return kl(s, m, m_over_s)
+
+
+def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
+    r"""Kullback–Leibler divergence D(p‖q), with its arguments in the order of the formula.
+
+    .. math:: D(p\|q) = \sum_i p_i (\log p_i - \log q_i)
+
+    Shapes, units, zeros, gradients, options, errors: as `forward_kl`, which is
+    ``kl(targets, predictions)``; as a loss, prefer the functions that name the direction.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.kl(kljax.Probs([0.5, 0.5]), kljax.Probs([0.25, 0.75])))
+        0.14384104
+
+    Source: Kullback and Leibler, On Information and Sufficiency, Annals of Mathematical
+    Statistics 22 (1951), section 2.
+    """
+    return _pipeline.evaluate(_KL, (p, q), **options)
+
+
+def kl_terms(
+    p: Given,
+    q: Given,
+    *,
+    axis: int | Iterable[int] = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+) -> Array:
+    r"""The textbook contribution of each class to D(p‖q), not summed.
+
+    .. math:: p_i (\log p_i - \log q_i)
+
+    Shapes: as the inputs, a shared side broadcast. Single terms may be negative. Units: nats.
+
+    Zeros: 0 where p = 0, also where q = 0 there; +inf where only q = 0; 0 at masked classes.
+    Gradients: to both sides and temperature, in reverse and forward mode and of second order.
+
+    Args:
+        p: As for `kl`.
+        q: As for `kl`.
+        axis: The axis, or axes, that one distribution occupies.
+        where: bool, which classes exist.
+        temperature: Both sides become softmax(log-probabilities / T).
+
+    Raises:
+        ValueError: For a shape or option that does not fit. TypeError: for a dtype.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.kl_terms(kljax.Probs([1.0, 0.0]), kljax.Probs([0.5, 0.5])))
+        [0.6931472 0.       ]
+
+    Source: Cover and Thomas, Elements of Information Theory, section 2.3.
+    """
+    return _pipeline.evaluate_elements(
+        _KL_TERMS, (p, q), axis=axis, where=where, temperature=temperature
+    )
+
+
+def cross_entropy(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
+    r"""Cross-entropy H(targets, predictions); targets may be integer labels.
+
+    .. math:: H(t, s) = -\sum_i t_i \log s_i = H(t) + D(t\|s)
+
+    Shapes, units, options: as `forward_kl`. Integer targets have the batch shape and one class
+    axis; a temperature leaves them one-hot.
+
+    Zeros: a zero target contributes 0; +inf where the prediction is zero under a positive one.
+    A label out of range, or of a masked class, gives NaN; in an example of weight 0 it is never
+    read.
+    Gradients: as `forward_kl`; none to labels.
+
+    Raises:
+        ValueError: For a shape or option that does not fit. TypeError: for a dtype. Under
+            ``checkify`` also for labels out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.cross_entropy(jnp.zeros((2, 4)), jnp.array([3, 0])))
+        [1.3862944 1.3862944]
+
+    Source: Murphy, Probabilistic Machine Learning: An Introduction, section 6.1.2.
+    """
+    if _are_labels(targets):
+        labels = checks.to_array("cross_entropy", "labels", targets)
+        return _pipeline.evaluate(_LABELS, (predictions, Held("labels", labels)), **options)
+    return _pipeline.evaluate(_CROSS_ENTROPY, (predictions, targets), **options)
+
+
+def entropy(p: Given, **options: Unpack[Options]) -> Array:
+    r"""Shannon entropy H(p).
+
+    .. math:: H(p) = -\sum_i p_i \log p_i
+
+    Shapes: the batch shape, or none if reduced. Units: nats. Options, errors: as `forward_kl`.
+
+    Zeros: a zero class contributes 0.
+    Gradients: to p, temperature, weights and normalizer, in every mode; 0 to a zero class.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> print(kljax.entropy(jnp.zeros((2, 4)), reduction="mean"))
+        1.3862944
+
+    Source: Cover and Thomas, Elements of Information Theory, section 2.1.
+    """
+    return _pipeline.evaluate(_ENTROPY, (p,), **options)
+
+
+def _are_labels(targets: Given) -> bool:
+    if isinstance(targets, Distribution):
+        return False
+    array = checks.to_array("cross_entropy", "targets", targets)
+    return jnp.issubdtype(array.dtype, jnp.integer)
+
+
+_KL = Formula(
+    "kl",
+    ("p", "q"),
+    lambda log_probs, _, params: term_kl(*log_probs),
+    lambda log_probs, ratio, params: term_generalized_kl(*log_probs, -ratio),
+)
+_KL_TERMS = Formula("kl_terms", ("p", "q"), lambda x, ratio, _: term_kl(*x, -ratio))
+_ENTROPY = Formula("entropy", ("p",), lambda log_probs, *_: term_entropy(*log_probs))
+_CROSS_ENTROPY = Formula(
+    "cross_entropy", ("predictions", "targets"), lambda x, *_: term_cross_entropy(x[1], x[0])
+)
+_LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"))
