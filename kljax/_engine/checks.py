@@ -224,7 +224,7 @@ def check_distribution(
 ) -> None:
     """Report values that cannot be what their type says; `counted` are those with an effect."""
     counted = jnp.broadcast_to(True if counted is None else counted, x.shape)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     where = f"{caller}: {argument}"
     debug_check(~jnp.any(jnp.isnan(x) & counted), f"{where} hold NaN")
     if kind == "logits":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine.representation import Operands, Spec, View, to_input, view
+from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
 from kljax._engine.terms import weigh
 
 
@@ -54,8 +54,7 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands]):
         if to_x:
             if side.scores is not None and operands.temperature is not None:
                 slope = slope / operands.temperature
-            coefficient = to_input(kind, slope, x)
-            values_dot += jnp.sum(coefficient * x_dot.astype(slope.dtype), axis=spec.axis)
+            values_dot += jnp.sum(_along(kind, to_input(kind, slope, x), x_dot), axis=spec.axis)
     values_dot += _params_tangent(spec, seen, operands.params, dots.params, present)
 
     if operands.scale is None:
@@ -82,10 +81,9 @@ def _elements_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands
         slope = _present(operands.where, _slope(spec, seen, operands.params, i))
         normalized, probs = side.scores is not None, jnp.exp(side.log_probs)
         if _moves(x_dot):
-            step = x_dot.astype(slope.dtype)
-            along = to_input(kind, slope, x) * step
+            along = _along(kind, to_input(kind, slope, x), x_dot)
             if normalized:
-                mean = jnp.sum(to_input(kind, probs, x) * step, axis=spec.axis, keepdims=True)
+                mean = jnp.sum(_along(kind, to_input(kind, probs, x), x_dot), spec.axis, keepdims=True)
                 along = along - slope * mean
                 along = along if operands.temperature is None else along / operands.temperature
             values_dot += _present(operands.where, along)
@@ -143,6 +141,19 @@ def _in_live_examples(spec: Spec, operands: Operands) -> Array | None:
 def _present(where: Array | None, values: Array) -> Array:
     """Select, never multiply: NaN where nothing exists has no effect."""
     return values if where is None else jnp.where(where, values, 0)
+
+
+def _along(kind: Kind, coefficient: Array, x_dot: Array) -> Array:
+    """coefficient · x_dot, where the infinite one of a zero probability leaves a tangent of 0 be.
+
+    As two finite factors, for a derivative rule must be linear in the tangent: it cannot select.
+    """
+    x_dot = x_dot.astype(coefficient.dtype)
+    if kind != "probs":
+        return coefficient * x_dot
+    infinite, big = jnp.isinf(coefficient), jnp.finfo(coefficient.dtype).max
+    clipped = jnp.where(infinite, jnp.sign(coefficient) * big, coefficient)
+    return clipped * x_dot * jnp.where(infinite, big, 1)
 
 
 def _masked_product(slope: Array, scores: Array) -> Array:

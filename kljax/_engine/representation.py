@@ -90,7 +90,7 @@ def to_input(kind: Kind, slope: Array, x: Array) -> Array:
     if kind != "probs":
         return slope
     x = x.astype(slope.dtype)
-    masked = (slope == 0) & (x == 0)
+    masked = (slope == 0) & ~(x > 0)
     return jnp.where(masked, 0, slope / jnp.where(masked, 1, x))
 
 

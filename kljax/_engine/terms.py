@@ -4,9 +4,12 @@ This is the only module that knows what 0 · log 0 and 0 · inf mean. A probabil
 log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and infinities alone.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 # Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
 _SERIES_BOUND = 0.5
@@ -120,12 +123,17 @@ def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
     return jnp.where(close, near, (q - p) + term_kl(log_p, log_q, d))
 
 
-@_generalized_kl.defjvp
+@partial(_generalized_kl.defjvp, symbolic_zeros=True)
 def _generalized_kl_jvp(primals, tangents):
     log_p, log_q, d = primals
     log_p_dot, log_q_dot, _ = tangents  # d is log q - log p, known better: no third variable
-    to_log_p, to_log_q = term_kl(log_p, log_q, d), _probability_difference(log_p, log_q, d)
-    return _generalized_kl(*primals), to_log_p * log_p_dot + to_log_q * log_q_dot
+    tangent = jnp.zeros_like(d)
+    # One side's derivative may be infinite where only the other's is asked for.
+    if not isinstance(log_p_dot, SymbolicZero):
+        tangent += term_kl(log_p, log_q, d) * log_p_dot
+    if not isinstance(log_q_dot, SymbolicZero):
+        tangent += _probability_difference(log_p, log_q, d) * log_q_dot
+    return _generalized_kl(*primals), tangent
 
 
 @jax.custom_jvp
