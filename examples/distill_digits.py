@@ -55,7 +55,7 @@ STYLES = {  # of every model: colour (of the Okabe-Ito palette), line and its wi
 }
 STUDENTS = tuple(STYLES)[1:]
 QUICK = {"seeds": 2, "epochs": 6, "temperatures": [1.0, 4.0]}
-Objective = dict[str, float]  # the loss's temperature, soft_weight and hard_weight
+Array = np.ndarray | jax.Array
 
 
 class Images(NamedTuple):
@@ -64,10 +64,16 @@ class Images(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    images: jax.Array
-    labels: jax.Array
-    label_weights: jax.Array  # 1 where the label may be used, else 0
-    teacher_logits: jax.Array
+    images: Array
+    labels: Array
+    label_weights: Array  # 1 where the label may be used, else 0
+    teacher_logits: Array
+
+
+class Objective(NamedTuple):
+    temperature: float
+    soft_weight: float
+    hard_weight: float
 
 
 def read_idx(folder: Path | None, name: str) -> np.ndarray:
@@ -91,9 +97,9 @@ def read_images(folder: Path | None, part: str) -> Images:
 def load_split(args: argparse.Namespace, seed: int) -> tuple[Images, Images]:
     """Training and test images. Each seed splits digits anew; the others come with their split."""
     if args.dataset == "digits":
-        pixels, labels = load_digits(return_X_y=True)
-        pixels = pixels.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-        labels = labels.astype(np.int32)
+        digits: Any = load_digits()
+        pixels = digits.images[..., None].astype(np.float32) / 16
+        labels = digits.target.astype(np.int32)
         parts = train_test_split(pixels, labels, test_size=0.25, stratify=labels, random_state=seed)
         return Images(parts[0], parts[2]), Images(parts[1], parts[3])
     return read_images(args.data_dir, "train"), read_images(args.data_dir, "t10k")
@@ -174,7 +180,7 @@ def make_plan(args: argparse.Namespace, size: int) -> Plan:
     return Plan(args.epochs, steps, batch_size, labelled, optimizer, replicated, by_batch)
 
 
-def draw_batches(key: jax.Array, label_weights: jax.Array, plan: Plan) -> jax.Array:
+def draw_batches(key: jax.Array, label_weights: Array, plan: Plan) -> jax.Array:
     """Indices [steps, batch]: each batch holds some labelled images and a piece of the epoch."""
     shuffle_key, label_key = jax.random.split(key)
     size, shape = len(label_weights), (plan.steps, plan.batch_size - plan.labelled)
@@ -205,7 +211,7 @@ def train_epoch(
                 batch.teacher_logits,
                 batch.labels,
                 label_weights=batch.label_weights,
-                **objective,
+                **objective._asdict(),
             )
 
         (loss, metrics), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model)
@@ -242,21 +248,20 @@ def fit(
         course.append((*map(float, means), np.mean(test_logits.argmax(-1) == test.labels)))
         progress.update()
     train_logits = np.asarray(predict(state, data.images, graph=graph))
-    return Trained(*np.array(course).T, train_logits, test_logits, parameters)
+    loss, divergence, accuracy = np.array(course).T
+    return Trained(loss, divergence, accuracy, train_logits, test_logits, parameters)
 
 
 def run_seed(seed: int, args: argparse.Namespace, plan: Plan, progress: tqdm) -> dict[str, Trained]:
     """Trains the teacher, the three students, and a distilled student for each temperature."""
     train, test = load_split(args, seed)
     shape, size = train.images.shape[1:], len(train.labels)
-    soft_only = {"soft_weight": 1.0, "hard_weight": 0.0}
-    from_labels = {"temperature": 1.0, "soft_weight": 0.0, "hard_weight": 1.0}
-    weights = {"soft_weight": args.soft_weight, "hard_weight": args.hard_weight}
+    from_labels = Objective(1.0, soft_weight=0.0, hard_weight=1.0)
     objectives = {
         "labels only": from_labels,
-        "distilled": {"temperature": args.temperature, **soft_only},
-        "both": {"temperature": args.temperature, **weights},
-        **{f"T={t:g}": {"temperature": t, **soft_only} for t in args.temperatures},
+        "distilled": Objective(args.temperature, 1.0, 0.0),
+        "both": Objective(args.temperature, args.soft_weight, args.hard_weight),
+        **{f"T={t:g}": Objective(t, 1.0, 0.0) for t in args.temperatures},
     }
 
     progress.set_description(f"seed {seed}, teacher")
@@ -303,7 +308,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
         "divergence": ("KL from the teacher, T = 1", "nats", 1, STUDENTS),
         "accuracy": ("Test accuracy", "%", 100, STYLES),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
     for axis, (field, (title, label, scale, names)) in zip(axes, panels.items(), strict=True):
         for name in names:
             mean, spread = scale * mean_and_spread(runs, name, field)
@@ -316,6 +321,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[-1].set_ylim(None, 100)
     axes[-1].legend(loc="lower right")
+    figure.suptitle(f"Mean and standard deviation over {len(runs)} seeds")
     figure.savefig(path, dpi=120)
 
 
@@ -332,7 +338,8 @@ def plot_temperature(runs: Runs, temperatures: Sequence[float], path: Path) -> N
     axis.errorbar(temperatures, mean, spread, color=color, fmt="-o", capsize=4, label="distilled")
     axis.set_xscale("log", base=2)
     axis.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
-    axis.set(title="Test accuracy against temperature", xlabel="temperature T", ylabel="%")
+    title = f"Mean and standard deviation over {len(runs)} seeds"
+    axis.set(title=title, xlabel="temperature T", ylabel="test accuracy, %")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

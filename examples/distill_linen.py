@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 
 import kljax
 
-CLASSES, PER_CLASS, EPOCHS, BATCH = 10, 5, 60, 128
+CLASSES, PER_CLASS, EPOCHS, BATCH = 10, 5, 40, 128
 Arrays = dict[str, Any]
 
 
@@ -55,13 +55,13 @@ def train(width: int, data: Arrays, soft_weight: float, hard_weight: float) -> T
     model = Perceptron(width)
     params = model.init(jax.random.key(0), data["images"][:1])["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(3e-3))
-    rng = np.random.default_rng(0)
+    rng, metrics = np.random.default_rng(0), None
     for _ in range(EPOCHS):
         shuffled = rng.permutation(len(data["images"]))
         for rows in np.split(shuffled, range(BATCH, len(shuffled), BATCH))[:-1]:
             batch = {name: array[rows] for name, array in data.items()}
             state, metrics = train_step(state, batch, soft_weight, hard_weight)
-    if soft_weight:
+    if soft_weight and metrics:
         print("Last batch:", ", ".join(f"{k} {v:.3f}" for k, v in metrics._asdict().items()))
     return state
 
@@ -71,9 +71,10 @@ def predict(state: TrainState, images: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    pixels, digits = load_digits(return_X_y=True)
+    digits: Any = load_digits()
+    pixels = digits.data.astype(np.float32) / 16
     images, test_images, labels, test_labels = train_test_split(
-        (pixels / 16).astype(np.float32), digits, test_size=0.25, stratify=digits, random_state=0
+        pixels, digits.target, test_size=0.25, stratify=digits.target, random_state=0
     )
     data = {
         "images": images,

@@ -130,21 +130,26 @@ def read(name: str, argument: str, value: Any) -> Held:
     return held
 
 
-def restore(held: Held) -> Array | Distribution:
-    """The argument again, lists now arrays."""
+def restore(held: Held, layout: Layout) -> Array | Distribution:
+    """The argument again: an array, and as large as the batch that shares it."""
+    array = jnp.broadcast_to(layout.expand(held.array), layout.shape)
     types = {"logits": Logits, "log_probs": LogProbs, "probs": Probs}
-    return held.array if held.bare else types[held.kind](held.array)
+    return array if held.bare else types[held.kind](array)
 
 
 def read_layout(
     name: str, arguments: tuple[str, ...], held: tuple[Held, ...], axis: int | Iterable[int]
 ) -> Layout:
     """Where batch and classes lie, from the sides that have classes; labels then fit or raise."""
-    soft = [(a, h.array.shape) for a, h in zip(arguments, held, strict=True) if h.kind != "labels"]
-    layout = checks.require_layout(name, *zip(*soft, strict=True), axis)
-    for h in held:
-        if h.kind == "labels":
-            checks.require_labels(name, h.array, layout)
+    shapes = {
+        argument: side.array.shape
+        for argument, side in zip(arguments, held, strict=True)
+        if side.kind != "labels"
+    }
+    layout = checks.require_layout(name, shapes, axis)
+    for side in held:
+        if side.kind == "labels":
+            checks.require_labels(name, side.array, layout)
     return layout
 
 
@@ -202,7 +207,7 @@ def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None
     name, layout = plan.formula.name, plan.layout
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
-    live = None if weights is None else jnp.expand_dims(weights != 0, layout.axis)
+    live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
     counted = operands.where if live is None else live
     if live is not None and operands.where is not None:
         counted = operands.where & live

@@ -1,12 +1,27 @@
 """What the user holds: distributions that say how they are represented."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from jax.tree_util import register_dataclass
+from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
 
-@register_dataclass
+def _pytree(cls: type) -> type:
+    """Register a class of one array.
+
+    Not with `register_dataclass`: the tree structures of two such classes compare equal, and a
+    trace of one would serve the other.
+    """
+    (field,) = fields(cls)
+    register_pytree_with_keys(
+        cls,
+        lambda side: (((GetAttrKey(field.name), getattr(side, field.name)),), None),
+        lambda _, children: cls(*children),
+    )
+    return cls
+
+
+@_pytree
 @dataclass(frozen=True, eq=False)
 class Logits:
     r"""Unnormalised log-probabilities; a bare array means the same.
@@ -28,7 +43,7 @@ class Logits:
     logits: ArrayLike
 
 
-@register_dataclass
+@_pytree
 @dataclass(frozen=True, eq=False)
 class LogProbs:
     r"""Log-probabilities, taken at their word.
@@ -51,7 +66,7 @@ class LogProbs:
     log_probs: ArrayLike
 
 
-@register_dataclass
+@_pytree
 @dataclass(frozen=True, eq=False)
 class Probs:
     r"""Probabilities, taken at their word.

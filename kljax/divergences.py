@@ -501,12 +501,14 @@ def _are_labels(targets: Given) -> bool:
 _KL = Formula(
     "kl",
     ("p", "q"),
-    lambda log_probs, _, params: term_kl(*log_probs),
-    lambda log_probs, ratio, params: term_generalized_kl(*log_probs, -ratio),
+    lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
+    lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
 )
-_KL_TERMS = Formula("kl_terms", ("p", "q"), lambda x, ratio, _: term_kl(*x, -ratio))
-_ENTROPY = Formula("entropy", ("p",), lambda log_probs, *_: term_entropy(*log_probs))
+_KL_TERMS = _KL._replace(name="kl_terms", normalized=None)
 _CROSS_ENTROPY = Formula(
-    "cross_entropy", ("predictions", "targets"), lambda x, *_: term_cross_entropy(x[1], x[0])
+    "cross_entropy",
+    ("predictions", "targets"),
+    lambda log, *_: term_cross_entropy(log[1], log[0]),
 )
 _LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"))
+_ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))

@@ -14,6 +14,7 @@ from kljax import reduction as reductions
 from kljax._engine import checks
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Implementation
+from kljax._engine.representation import compute_dtype
 from kljax.distributions import Distribution
 from kljax.divergences import Divergence, Given, cross_entropy, entropy, forward_kl
 from kljax.reduction import AxisName, Reduction
@@ -100,6 +101,7 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015),
     section 2.
     """
+    checks.require_callable(_NAME, "divergence", divergence)
     sides = ("predictions", "targets")
     held = tuple(map(partial(_pipeline.read, _NAME), sides, (predictions, targets)))
     layout = _pipeline.read_layout(_NAME, sides, held, axis)
@@ -112,12 +114,18 @@ def distillation_loss(
     weights, normalizer = reductions.prepare(
         _NAME, layout.batch, weights, reduction, normalizer, axis_name
     )
+    dtype = compute_dtype(tuple(side.array for side in held))
+    weights = jnp.ones(layout.batch, dtype) if weights is None else weights.astype(dtype)
     if label_weights is not None:
         label_weights = checks.to_array(_NAME, "label_weights", label_weights)
         checks.require_weights(_NAME, "label_weights", label_weights, layout.batch)
+        label_weights = label_weights.astype(dtype)
+    soft_factor = checks.to_array(_NAME, "soft_weight", soft_weight).astype(dtype)
+    hard_factor = checks.to_array(_NAME, "hard_weight", hard_weight).astype(dtype)
+    if scale_by_temperature and temperature is not None:
+        soft_factor = soft_factor * temperature.astype(dtype) ** 2
     setup = _Setup(
         divergence,
-        scale_by_temperature and temperature is not None,
         not checks.is_static_zero(soft_weight),
         not checks.is_static_zero(hard_weight),
         layout,
@@ -125,16 +133,9 @@ def distillation_loss(
         axis_name,
         implementation,
     )
-    batch = _Batch(
-        *map(_pipeline.restore, held),
-        labels,
-        where,
-        temperature,
-        weights,
-        label_weights,
-        normalizer,
-    )
-    return _distill(setup, batch, soft_weight, hard_weight)
+    student, teacher = (_pipeline.restore(side, layout) for side in held)
+    batch = _Batch(student, teacher, labels, where, temperature, weights, label_weights, normalizer)
+    return _distill(setup, batch, soft_factor, hard_factor)
 
 
 _NAME = "distillation_loss"
@@ -144,7 +145,6 @@ class _Setup(NamedTuple):
     """All that chooses code."""
 
     divergence: Divergence
-    scale_by_temperature: bool
     has_soft: bool
     has_hard: bool
     layout: Layout
@@ -154,48 +154,35 @@ class _Setup(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """All that is traced, but for the two weights of the terms."""
+    """All that is traced, but for the factors of the two terms."""
 
-    predictions: Distribution
-    targets: Distribution
+    predictions: Array | Distribution
+    targets: Array | Distribution
     labels: Array | None
     where: Array | None
     temperature: Array | None
-    weights: Array | None
+    weights: Array
     label_weights: Array | None
     normalizer: Array | None
 
 
 @partial(jax.jit, static_argnums=0)
 def _distill(
-    setup: _Setup, batch: _Batch, soft_weight: Array, hard_weight: Array
+    setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
 ) -> tuple[Array, DistillationMetrics]:
-    batch = _fill(setup, batch)
-    loss = jnp.zeros(())
+    batch = batch._replace(targets=lax.stop_gradient(batch.targets))
+    loss = jnp.zeros((), batch.weights.dtype)
     if setup.has_soft:
-        factor = soft_weight * batch.temperature**2 if setup.scale_by_temperature else soft_weight
-        loss += _weighted(setup, _soft(setup, batch), factor, batch.weights, batch.normalizer)
-    if setup.has_hard:
-        own = batch.label_weights is not None
-        weights = batch.label_weights if own else batch.weights
-        normalizer = None if own else batch.normalizer
-        loss += _weighted(setup, _hard(setup, batch), hard_weight, weights, normalizer)
+        soft = _soft(setup, batch)
+        loss += _weighted(setup, soft, soft_factor, batch.weights, batch.normalizer)
+    if setup.has_hard and batch.labels is not None:
+        weights, normalizer = batch.weights, batch.normalizer
+        if batch.label_weights is not None:
+            weights, normalizer = batch.label_weights, None
+        loss += _weighted(
+            setup, _hard(setup, batch, batch.labels), hard_factor, weights, normalizer
+        )
     return loss, _metrics(setup, lax.stop_gradient(batch))
-
-
-def _fill(setup: _Setup, batch: _Batch) -> _Batch:
-    """Both sides on the whole shape, the teacher frozen, weights where there are none."""
-    layout = setup.layout
-
-    def whole(side: Distribution) -> Distribution:
-        return jax.tree.map(lambda x: jnp.broadcast_to(layout.expand(x), layout.shape), side)
-
-    weights = jnp.ones(layout.batch) if batch.weights is None else batch.weights * 1.0
-    return batch._replace(
-        predictions=whole(batch.predictions),
-        targets=lax.stop_gradient(whole(batch.targets)),
-        weights=weights,
-    )
 
 
 def _weighted(
@@ -207,7 +194,7 @@ def _weighted(
 ) -> Array:
     """The factor goes in with the weights, so that the loss's derivative rule holds it too."""
     if setup.reduction == "mean" and normalizer is None:
-        normalizer = reductions.total(weights * 1.0, "sum", setup.axis_name)
+        normalizer = reductions.total(weights, "sum", setup.axis_name)
     return loss(
         weights=factor * weights,
         reduction=setup.reduction,
@@ -217,23 +204,26 @@ def _weighted(
 
 
 def _metrics(setup: _Setup, batch: _Batch) -> DistillationMetrics:
-    layout, axis_name = setup.layout, setup.axis_name
-    mean = {"weights": batch.weights, "reduction": "mean", "axis_name": axis_name}
-    hard = jnp.zeros(())
+    layout, axis_name, weights = setup.layout, setup.axis_name, batch.weights
+    mean = partial(_mean, axis_name=axis_name, weights=weights)
+    hard = jnp.zeros((), weights.dtype)
     if batch.labels is not None:
-        own = batch.label_weights if batch.label_weights is not None else batch.weights
-        hard = _hard(setup, batch)(**(mean | {"weights": own}))
-    student, teacher = (
-        _argmax(side, batch.where, layout) for side in (batch.predictions, batch.targets)
-    )
+        own = weights if batch.label_weights is None else batch.label_weights
+        hard = mean(_hard(setup, batch, batch.labels), weights=own)
+    classes = [_argmax(side, batch.where, layout) for side in (batch.predictions, batch.targets)]
+    same = (classes[0] == classes[1]).astype(weights.dtype)
     return DistillationMetrics(
-        soft=_soft(setup, batch)(**mean),
+        soft=mean(_soft(setup, batch)),
         hard=hard,
-        divergence=_soft(setup, batch._replace(temperature=None))(**mean),
-        agreement=reductions.reduce((student == teacher) * 1.0, **mean),
-        teacher_entropy=entropy(batch.targets, axis=layout.axis, where=batch.where, **mean),
-        weight_sum=reductions.total(batch.weights, "sum", axis_name),
+        divergence=mean(_soft(setup, batch._replace(temperature=None))),
+        agreement=mean(partial(reductions.reduce, same)),
+        teacher_entropy=mean(partial(entropy, batch.targets, axis=layout.axis, where=batch.where)),
+        weight_sum=reductions.total(weights, "sum", axis_name),
     )
+
+
+def _mean(loss: Callable[..., Array], *, weights: Array, axis_name: AxisName | None) -> Array:
+    return loss(weights=weights, reduction="mean", axis_name=axis_name)
 
 
 def _soft(setup: _Setup, batch: _Batch) -> Callable[..., Array]:
@@ -248,18 +238,18 @@ def _soft(setup: _Setup, batch: _Batch) -> Callable[..., Array]:
     )
 
 
-def _hard(setup: _Setup, batch: _Batch) -> Callable[..., Array]:
+def _hard(setup: _Setup, batch: _Batch, labels: Array) -> Callable[..., Array]:
     return partial(
         cross_entropy,
         batch.predictions,
-        batch.labels,
+        labels,
         axis=setup.layout.axis,
         where=batch.where,
         implementation=setup.implementation,
     )
 
 
-def _argmax(side: Distribution, where: Array | None, layout: Layout) -> Array:
+def _argmax(side: Array | Distribution, where: Array | None, layout: Layout) -> Array:
     (scores,) = jax.tree.leaves(side)
     if where is not None:
         scores = jnp.where(layout.expand(where), scores, -jnp.inf)

@@ -97,19 +97,13 @@ def prepare(
         checks.require_weights(caller, "weights", weights, batch)
     if normalizer is not None:
         if reduction != "mean":
-            checks.fail(
-                caller, "normalizer", 'reduction="mean"', f'"{reduction}"', "Leave one of them out."
-            )
+            expected, got = 'given with reduction="mean"', f'reduction="{reduction}"'
+            checks.fail(caller, "normalizer", expected, got, "Leave it out, or take the mean.")
         normalizer = checks.to_array(caller, "normalizer", normalizer)
         checks.require_scalar(caller, "normalizer", normalizer)
     if axis_name is not None and reduction == "none":
-        checks.fail(
-            caller,
-            "axis_name",
-            'a reduction ("mean", "sum" or "batchmean")',
-            '"none"',
-            "Nothing is summed over the axis without one.",
-        )
+        remedy = "Nothing is summed over the axis without one."
+        checks.fail(caller, "axis_name", "given with a reduction", 'reduction="none"', remedy)
     return weights, normalizer
 
 
@@ -145,4 +139,3 @@ def total(values: Array, reduction: Reduction, axis_name: AxisName | None) -> Ar
 
 def _over(axis_name: AxisName | None, value: Array) -> Array:
     return value if axis_name is None else lax.psum(value, axis_name)
-

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -76,7 +75,7 @@ def require_float(caller: str, argument: str, x: Array) -> None:
     if argument == "targets":
         remedy += " Integer labels go to cross_entropy."
     expected = "floating point"
-    _require_type(x, jnp.floating, _message(caller, argument, expected, str(x.dtype), remedy))
+    _require_type(x, float, _message(caller, argument, expected, str(x.dtype), remedy))
 
 
 def require_scalar(caller: str, argument: str, x: Array) -> None:
@@ -84,7 +83,7 @@ def require_scalar(caller: str, argument: str, x: Array) -> None:
     if x.shape != ():
         fail(caller, argument, "a scalar", f"shape {x.shape}", "It is one number for all examples.")
     message = _message(caller, argument, "a real number", str(x.dtype), "Pass a float.")
-    _require_type(x, (jnp.floating, jnp.integer), message)
+    _require_real(x, message)
 
 
 def require_weights(caller: str, argument: str, weights: Array, batch: Shape) -> None:
@@ -97,14 +96,12 @@ def require_weights(caller: str, argument: str, weights: Array, batch: Shape) ->
             remedy = f"Reshape to {batch}."
         fail(caller, argument, f"shape {batch}, the batch shape", f"{weights.shape}", remedy)
     message = _message(caller, argument, "bool, int or float", str(weights.dtype), "Convert them.")
-    _require_type(weights, (jnp.floating, jnp.integer, jnp.bool_), message)
+    _require_real(weights, message)
 
 
 def require_where(caller: str, where: Array, layout: Layout) -> None:
     remedy = "Write `where > 0`; weights of examples go into `weights`."
-    _require_type(
-        where, jnp.bool_, _message(caller, "where", "bool", str(where.dtype), remedy)
-    )
+    _require_type(where, bool, _message(caller, "where", "bool", str(where.dtype), remedy))
     if where.shape not in (layout.classes, layout.shape):
         expected = f"shape {layout.classes}, the classes, or {layout.shape}, the whole input's"
         remedy = "It masks classes; a mask of examples goes into `weights`."
@@ -115,7 +112,7 @@ def require_labels(caller: str, labels: Array, layout: Layout) -> None:
     message = _message(
         caller, "labels", "integers", str(labels.dtype), "Soft labels go into `targets`."
     )
-    _require_type(labels, jnp.integer, message)
+    _require_type(labels, int, message)
     if len(layout.axis) != 1:
         got = f"{len(layout.axis)} class axes"
         fail(caller, "axis", "a single axis with integer labels", got, "Flatten the classes.")
@@ -125,9 +122,16 @@ def require_labels(caller: str, labels: Array, layout: Layout) -> None:
         fail(caller, "labels", expected, f"{labels.shape}", remedy)
 
 
+def require_callable(caller: str, argument: str, value: Any) -> None:
+    if not callable(value):
+        expected = "a divergence, such as kljax.forward_kl"
+        remedy = "Make your own with kljax.divergence."
+        raise TypeError(_message(caller, argument, expected, repr(value), remedy))
+
+
 def require_fraction(caller: str, argument: str, value: Any) -> None:
     """A share in [0, 1]: ValueError when static, checkify when traced."""
-    if isinstance(value, numbers.Real | np.ndarray) and not np.all((value >= 0) & (value <= 1)):
+    if _is_static(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
         fail(caller, argument, "in [0, 1]", f"{value}", "It is the share of one side in a mixture.")
     require_scalar(caller, argument, to_array(caller, argument, value))
     value = jnp.asarray(value)
@@ -136,24 +140,20 @@ def require_fraction(caller: str, argument: str, value: Any) -> None:
 
 
 def require_temperature(caller: str, temperature: Any) -> Array:
-    if isinstance(temperature, numbers.Real | np.ndarray) and not np.all(temperature > 0):
+    if _is_static(temperature) and not np.all(np.asarray(temperature) > 0):
         fail(caller, "temperature", "positive", f"{temperature}", "Use None for no temperature.")
     temperature = to_array(caller, "temperature", temperature)
     require_scalar(caller, "temperature", temperature)
     return temperature
 
 
-def require_layout(
-    caller: str, arguments: tuple[str, ...], shapes: tuple[Shape, ...], axis: int | Iterable[int]
-) -> Layout:
+def require_layout(caller: str, shapes: dict[str, Shape], axis: int | Iterable[int]) -> Layout:
     """Batch and classes of the whole input; nothing but a missing batch broadcasts."""
-    whole = max(range(len(shapes)), key=lambda i: len(shapes[i]))
+    whole = max(shapes, key=lambda argument: len(shapes[argument]))
     layout = Layout(shapes[whole], _require_axis(caller, shapes[whole], axis))
-    for argument, shape in zip(arguments, shapes, strict=True):
-        if shape in (layout.shape, layout.classes):
-            continue
-        other = arguments[whole] if argument != arguments[whole] else arguments[0]
-        _fail_shape(caller, argument, shape, other, layout)
+    for argument, shape in shapes.items():
+        if shape not in (layout.shape, layout.classes):
+            _fail_shape(caller, argument, shape, whole, layout)
     return layout
 
 
@@ -168,9 +168,7 @@ def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple
     given = (axis,) if isinstance(axis, int) else tuple(axis)
     ndim = len(shape)
     if any(not -ndim <= a < ndim for a in given):
-        fail(
-            caller, "axis", f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0."
-        )
+        fail(caller, "axis", f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0.")
     axes = tuple(sorted(a % ndim for a in given))
     if len(set(axes)) != len(axes):
         fail(caller, "axis", "distinct axes", f"{axis}", "Name each axis once.")
@@ -181,27 +179,38 @@ def _fail_shape(caller: str, argument: str, shape: Shape, other: str, layout: La
     same_rank = len(shape) == len(layout.shape)
     classes = tuple(shape[a] for a in layout.axis) if same_rank else shape
     if classes != layout.classes and len(classes) == len(layout.classes):
-        remedy = "Slice both to the classes they share, for a vocabulary the tokenizer's size."
-        expected = f"{layout.classes} classes along axis {layout.axis}, like {other}"
-        fail(caller, argument, expected, f"{classes}", remedy + " Never pad with zeros.")
+        expected = f"{_and(layout.classes)} classes along axis {_and(layout.axis)}, like {other}"
+        remedy = (
+            "Slice both to the classes that they share, a vocabulary to the tokenizer's size; "
+            "never pad with zeros."
+        )
+        fail(caller, argument, expected, _and(classes), remedy)
     expected = f"shape {layout.shape}, like {other}, or {layout.classes}, one distribution for all"
     remedy = "Nothing else broadcasts; use jnp.broadcast_to where that is meant."
     fail(caller, argument, expected, f"{shape}", remedy)
 
 
-def _require_type(x: Array, kinds: Any, message: str) -> None:
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    chex.assert_equal(
-        any(jnp.issubdtype(x.dtype, kind) for kind in kinds),
-        True,
+def _require_type(x: Array, kind: type, message: str) -> None:
+    chex.assert_type(
+        x,
+        kind,
         custom_message=message,
         include_default_message=False,
         exception_type=TypeError,
     )
 
 
+def _require_real(x: Array, message: str) -> None:
+    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer)):
+        _require_type(x, float, message)
+
+
+def _and(sizes: Shape) -> str:
+    return " and ".join(map(str, sizes))
+
+
 def _message(caller: str, argument: str, expected: str, got: str, remedy: str) -> str:
-    verb = "have" if expected.startswith("shape ") else "be"
+    verb = "have" if expected.startswith("shape ") or expected[0].isdigit() else "be"
     return f"{caller}: {argument} must {verb} {expected}; got {got}. {remedy}"
 
 
@@ -274,4 +283,8 @@ def check_temperature(caller: str, temperature: Array | None) -> None:
 
 def is_static_zero(value: Any) -> bool:
     """Whether an option is known to be 0 while tracing."""
-    return isinstance(value, numbers.Real) and not isinstance(value, jax.Array) and value == 0
+    return _is_static(value) and np.shape(value) == () and value == 0
+
+
+def _is_static(value: Any) -> bool:
+    return isinstance(value, numbers.Real | np.ndarray)

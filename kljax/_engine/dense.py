@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from kljax._engine import checks
 from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
 from kljax._engine.terms import weigh
 
@@ -22,40 +23,42 @@ def rows(spec: Spec, operands: Operands) -> Array:
     seen = view(spec, operands)
     contributions = _present(operands.where, _term(spec, seen, operands.params))
     values = jnp.sum(contributions, axis=spec.axis)
+    for side in seen.sides:
+        if side.is_class is not None:  # not as NaN log-probabilities: XLA:CPU folds exp(NaN)
+            values = jnp.where(side.is_class, values, jnp.nan)
     return values if operands.scale is None else weigh(operands.scale, values)
 
 
 @partial(rows.defjvp, symbolic_zeros=True)
-def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands]):
+def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tuple[Array, Array]:
     (operands,), (dots,) = primals, tangents
     seen = view(spec, operands)
     present = _in_live_examples(spec, operands)
     values = rows(spec, operands._replace(scale=None))
     invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
 
-    values_dot = jnp.zeros_like(values)
-    for i, (kind, side, x, x_dot) in enumerate(
-        zip(spec.kinds, seen.sides, operands.inputs, dots.inputs, strict=True)
-    ):
-        to_x, to_temperature = _moves(x_dot), side.scores is not None and _moves(dots.temperature)
-        if not (to_x or to_temperature):
+    values_dot = _params_tangent(spec, seen, operands.params, dots.params, present)
+    for i, (side, x_dot) in enumerate(zip(seen.sides, dots.inputs, strict=True)):
+        softmax = side.softmax
+        to_temperature = softmax is not None and _moves(dots.temperature)
+        if not (_moves(x_dot) or to_temperature):
             continue
         slope = _present(present, _slope(spec, seen, operands.params, i))
         total = jnp.sum(slope, axis=spec.axis, keepdims=True)
-        if side.scores is not None:
+        if softmax is not None:
             slope = slope - jnp.exp(side.log_probs) * total
-        # An infinite divergence has no derivative to the side that put mass where none is: NaN
-        # for the whole row, for the entries that would be finite are no gradient of anything.
+        # An infinite divergence has no derivative to the side with mass where the other has
+        # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
         slope = jnp.where(invalid | ~jnp.isfinite(total), jnp.nan, slope)
         slope = _present(present, slope)
-        if to_temperature:
-            along = -jnp.sum(_masked_product(slope, side.scores), axis=spec.axis)
-            values_dot += along * (dots.temperature / operands.temperature)
-        if to_x:
-            if side.scores is not None and operands.temperature is not None:
-                slope = slope / operands.temperature
+        if softmax is not None and operands.temperature is not None:
+            slope = slope / operands.temperature
+            if to_temperature:
+                along = _masked_product(slope, softmax.scores) * dots.temperature
+                values_dot -= jnp.sum(along, axis=spec.axis)
+        if _moves(x_dot):
+            kind, x = spec.kinds[i], operands.inputs[i]
             values_dot += jnp.sum(_along(kind, to_input(kind, slope, x), x_dot), axis=spec.axis)
-    values_dot += _params_tangent(spec, seen, operands.params, dots.params, present)
 
     if operands.scale is None:
         return values, values_dot
@@ -70,32 +73,36 @@ def elements(spec: Spec, operands: Operands) -> Array:
 
 
 @partial(elements.defjvp, symbolic_zeros=True)
-def _elements_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Operands]):
+def _elements_jvp(
+    spec: Spec, primals: tuple[Operands], tangents: tuple[Any]
+) -> tuple[Array, Array]:
     (operands,), (dots,) = primals, tangents
     seen = view(spec, operands)
     values = elements(spec, operands)
     values_dot = jnp.zeros_like(values)
-    for i, (kind, side, x, x_dot) in enumerate(
-        zip(spec.kinds, seen.sides, operands.inputs, dots.inputs, strict=True)
-    ):
+    for i, (side, x_dot) in enumerate(zip(seen.sides, dots.inputs, strict=True)):
+        kind, x = spec.kinds[i], operands.inputs[i]
         slope = _present(operands.where, _slope(spec, seen, operands.params, i))
-        normalized, probs = side.scores is not None, jnp.exp(side.log_probs)
+        probs, along = jnp.exp(side.log_probs), jnp.zeros_like(values)
         if _moves(x_dot):
-            along = _along(kind, to_input(kind, slope, x), x_dot)
-            if normalized:
-                mean = jnp.sum(_along(kind, to_input(kind, probs, x), x_dot), spec.axis, keepdims=True)
-                along = along - slope * mean
-                along = along if operands.temperature is None else along / operands.temperature
-            values_dot += _present(operands.where, along)
-        if normalized and _moves(dots.temperature):
-            mean = _masked_product(probs, side.scores).sum(axis=spec.axis, keepdims=True)
-            along = slope * mean - _masked_product(slope, side.scores)
-            values_dot += _present(operands.where, along) * dots.temperature / operands.temperature
+            along += _along(kind, to_input(kind, slope, x), x_dot)
+            if side.softmax is not None:
+                shifts = _along(kind, to_input(kind, probs, x), x_dot)
+                along -= slope * jnp.sum(shifts, axis=spec.axis, keepdims=True)
+        if side.softmax is not None and operands.temperature is not None:
+            if _moves(dots.temperature):
+                scores = side.softmax.scores
+                mean = jnp.sum(_masked_product(probs, scores), axis=spec.axis, keepdims=True)
+                along -= (_masked_product(slope, scores) - slope * mean) * dots.temperature
+            along = along / operands.temperature
+        values_dot += _present(operands.where, along)
     return values, values_dot
 
 
 def _term(spec: Spec, seen: View, params: tuple[Any, ...]) -> Array:
-    return spec.term(seen.log_probs, seen.log_ratio, params)
+    contributions = spec.term(seen.log_probs, seen.log_ratio, params)
+    checks.require_contributions("divergence", contributions, seen.log_ratio.shape)
+    return contributions
 
 
 def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
@@ -117,7 +124,7 @@ def _params_tangent(
     leaves, tree = jax.tree.flatten(params)
     moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
     if not moving:
-        return jnp.zeros((), seen.log_ratio.dtype)
+        return jnp.zeros_like(jnp.sum(seen.log_ratio, axis=spec.axis))
 
     def along(*moved: Array) -> Array:
         whole = list(leaves)

@@ -40,14 +40,21 @@ class Operands(NamedTuple):
     scale: Array | None  # one per example; 0 removes the example
 
 
-class Side(NamedTuple):
-    """One distribution: its log-probabilities and, if the library normalised it, the parts."""
+class Softmax(NamedTuple):
+    """The parts of a softmax that the library computed."""
 
-    log_probs: Array
+    scores: Array  # (logs - peak) / T
+    peak: Array
+    mass: Array  # sum of exp(scores)
+
+
+class Side(NamedTuple):
+    """One distribution: the logarithms given, and what they stand for as log-probabilities."""
+
     logs: Array
-    scores: Array | None = None  # (logs - peak) / T
-    peak: Array | None = None
-    mass: Array | None = None  # sum of exp(scores)
+    log_probs: Array
+    softmax: Softmax | None = None  # None where the user's word was taken
+    is_class: Array | None = None  # of labels: whether each names a class, if any is left
 
 
 class View(NamedTuple):
@@ -103,8 +110,7 @@ def _side(
     dtype: jnp.dtype,
 ) -> Side:
     if kind == "labels":
-        log_probs = _log_one_hot(x, operands.where, axis, shape, dtype)
-        return Side(log_probs, log_probs)
+        return _one_hot(x, operands.where, axis, shape, dtype)
     logs = x.astype(dtype)
     if kind == "probs":
         zero = logs == 0
@@ -130,7 +136,7 @@ def _normalize(
     mass = jnp.sum(jnp.exp(scores), axis=axis, keepdims=True)
     if where is not None:
         mass = jnp.where(jnp.any(where, axis=axis, keepdims=True), mass, 1)
-    return Side(scores - jnp.log(mass), logs, scores, peak, mass)
+    return Side(logs, scores - jnp.log(mass), Softmax(scores, peak, mass))
 
 
 def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
@@ -138,33 +144,35 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     if len(sides) == 1:
         return jnp.zeros_like(sides[0].log_probs)
     a, b = sides
-    if a.scores is None or b.scores is None:
+    if a.softmax is None or b.softmax is None:
         return log_difference(a.log_probs, b.log_probs)
     a_zero, b_zero = jnp.isneginf(a.logs), jnp.isneginf(b.logs)
     either = a_zero | b_zero
     a_logs, b_logs = jnp.where(either, 0, a.logs), jnp.where(either, 0, b.logs)
     # Near each other the logits differ exactly; far apart what stands below each peak does.
-    near = (a_logs - b_logs) - (a.peak - b.peak)
-    far = (a_logs - a.peak) - (b_logs - b.peak)
-    apart = jnp.abs(a_logs - b_logs) > jnp.maximum(jnp.abs(a_logs - a.peak), 1)
-    difference = jnp.where(apart, far, near)
+    a_below, b_below = a_logs - a.softmax.peak, b_logs - b.softmax.peak
+    near = (a_logs - b_logs) - (a.softmax.peak - b.softmax.peak)
+    apart = jnp.abs(a_logs - b_logs) > jnp.maximum(jnp.abs(a_below), 1)
+    difference = jnp.where(apart, a_below - b_below, near)
     if temperature is not None:
         difference = difference / temperature
-    ratio = difference - jnp.log1p((a.mass - b.mass) / b.mass)
+    excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass
     infinite = jnp.where(b_zero, jnp.where(a_zero, 0, jnp.inf), -jnp.inf)
-    return jnp.where(either, infinite, ratio)
+    return jnp.where(either, infinite, difference - jnp.log1p(excess))
 
 
-def _log_one_hot(
+def _one_hot(
     labels: Array,
     where: Array | None,
     axis: tuple[int, ...],
     shape: tuple[int, ...],
     dtype: jnp.dtype,
-) -> Array:
-    """log of one-hot labels; NaN in a row whose label names no class that exists."""
+) -> Side:
     hit = lax.broadcasted_iota(labels.dtype, shape, axis[0]) == labels
-    if where is not None:
+    if where is None:
+        is_class = jnp.any(hit, axis=axis)
+    else:
         hit = hit & where
-    found = jnp.any(hit, axis=axis, keepdims=True)
-    return jnp.where(found, jnp.where(hit, 0, -jnp.inf), jnp.nan).astype(dtype)
+        is_class = jnp.any(hit, axis=axis) | ~jnp.any(where, axis=axis)
+    log_probs = jnp.where(hit, 0, -jnp.inf).astype(dtype)
+    return Side(log_probs, log_probs, is_class=is_class)

@@ -1,0 +1,235 @@
+"""Bad input raises when tracing: function, argument, expected, got, remedy."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kljax
+
+X = jnp.zeros((8, 10))
+EXACT = {
+    "weights with a last axis": (
+        lambda: kljax.forward_kl(X, X, weights=jnp.ones((8, 1))),
+        "forward_kl: weights must have shape (8,), the batch shape; got (8, 1). "
+        "Squeeze the last axis.",
+    ),
+    "weights transposed": (
+        lambda: kljax.forward_kl(X, X, weights=jnp.ones((1, 8))),
+        "forward_kl: weights must have shape (8,), the batch shape; got (1, 8). Reshape to (8,).",
+    ),
+    "weights of the classes": (
+        lambda: kljax.reverse_kl(X, X, weights=jnp.ones(10)),
+        "reverse_kl: weights must have shape (8,), the batch shape; got (10,). "
+        "Give one weight per example.",
+    ),
+    "scalar weight": (
+        lambda: kljax.reduce(jnp.ones(3), weights=2.0),
+        "reduce: weights must have shape (3,), the batch shape; got (). "
+        "Give one weight per example.",
+    ),
+    "complex weights": (
+        lambda: kljax.forward_kl(X, X, weights=jnp.ones(8, jnp.complex64)),
+        "forward_kl: weights must be bool, int or float; got complex64.",
+    ),
+    "vocabularies": (
+        lambda: kljax.forward_kl(X, jnp.zeros((8, 12))),
+        "forward_kl: targets must have 10 classes along axis 1, like predictions; got 12. "
+        "Slice both to the classes that they share, a vocabulary to the tokenizer's size; "
+        "never pad with zeros.",
+    ),
+    "broadcast batch": (
+        lambda: kljax.jeffreys(X, jnp.zeros((1, 10))),
+        "jeffreys: targets must have shape (8, 10), like predictions, or (10,), one distribution "
+        "for all; got (1, 10). Nothing else broadcasts; use jnp.broadcast_to where that is meant.",
+    ),
+    "broadcast classes": (
+        lambda: kljax.kl(X, jnp.zeros((8, 1))),
+        "kl: q must have 10 classes along axis 1, like p; got 1.",
+    ),
+    "batch of another size": (
+        lambda: kljax.kl_terms(X, jnp.zeros((4, 10))),
+        "kl_terms: q must have shape (8, 10), like p, or (10,), one distribution for all; "
+        "got (4, 10).",
+    ),
+    "axis outside": (
+        lambda: kljax.entropy(X, axis=2),
+        "entropy: axis must be within the 2 axes of shape (8, 10); got 2.",
+    ),
+    "axis twice": (
+        lambda: kljax.entropy(X, axis=(1, -1)),
+        "entropy: axis must be distinct axes; got (1, -1).",
+    ),
+    "integer predictions": (
+        lambda: kljax.forward_kl(X.astype(int), X),
+        "forward_kl: predictions must be floating point; got int32. "
+        "Convert with .astype(jnp.float32).",
+    ),
+    "integer targets": (
+        lambda: kljax.forward_kl(X, jnp.zeros(8, int)),
+        "forward_kl: targets must be floating point; got int32. "
+        "Convert with .astype(jnp.float32). Integer labels go to cross_entropy.",
+    ),
+    "no array": (
+        lambda: kljax.forward_kl({"logits": X}, X),
+        "forward_kl: predictions must be an array; got dict.",
+    ),
+    "float mask": (
+        lambda: kljax.forward_kl(X, X, where=jnp.ones(10)),
+        "forward_kl: where must be bool; got float32. "
+        "Write `where > 0`; weights of examples go into `weights`.",
+    ),
+    "mask of examples": (
+        lambda: kljax.forward_kl(X, X, where=jnp.ones(8, bool)),
+        "forward_kl: where must have shape (10,), the classes, or (8, 10), the whole input's; "
+        "got (8,). It masks classes; a mask of examples goes into `weights`.",
+    ),
+    "broadcasting mask": (
+        lambda: kljax.forward_kl(X, X, where=jnp.ones((8, 1), bool)),
+        "forward_kl: where must have shape (10,), the classes, or (8, 10), the whole input's; "
+        "got (8, 1).",
+    ),
+    "unknown reduction": (
+        lambda: kljax.forward_kl(X, X, reduction="MEAN"),
+        'forward_kl: reduction must be one of "none", "mean", "sum", "batchmean"; got "MEAN".',
+    ),
+    "no reduction": (
+        lambda: kljax.reduce(X, reduction=None),
+        'reduce: reduction must be one of "none", "mean", "sum", "batchmean"; got None.',
+    ),
+    "unknown implementation": (
+        lambda: kljax.forward_kl(X, X, implementation="fast"),
+        'forward_kl: implementation must be one of None, "dense"',
+    ),
+    "normalizer without mean": (
+        lambda: kljax.forward_kl(X, X, reduction="sum", normalizer=3.0),
+        'forward_kl: normalizer must be given with reduction="mean"; got reduction="sum". '
+        "Leave it out, or take the mean.",
+    ),
+    "array normalizer": (
+        lambda: kljax.forward_kl(X, X, reduction="mean", normalizer=jnp.ones(8)),
+        "forward_kl: normalizer must be a scalar; got shape (8,).",
+    ),
+    "axis_name without reduction": (
+        lambda: kljax.forward_kl(X, X, axis_name="batch"),
+        'forward_kl: axis_name must be given with a reduction; got reduction="none". '
+        "Nothing is summed over the axis without one.",
+    ),
+    "temperature zero": (
+        lambda: kljax.forward_kl(X, X, temperature=0.0),
+        "forward_kl: temperature must be positive; got 0.0. Use None for no temperature.",
+    ),
+    "array temperature": (
+        lambda: kljax.forward_kl(X, X, temperature=jnp.ones(8)),
+        "forward_kl: temperature must be a scalar; got shape (8,).",
+    ),
+    "beta": (
+        lambda: kljax.jensen_shannon(X, X, beta=1.5),
+        "jensen_shannon: beta must be in [0, 1]; got 1.5.",
+    ),
+    "alpha": (
+        lambda: kljax.skew_forward_kl(X, X, alpha=-0.1),
+        "skew_forward_kl: alpha must be in [0, 1]; got -0.1.",
+    ),
+    "alpha of the reverse": (
+        lambda: kljax.skew_reverse_kl(X, X, alpha=np.float64(2)),
+        "skew_reverse_kl: alpha must be in [0, 1]; got 2.0.",
+    ),
+    "labels of another shape": (
+        lambda: kljax.cross_entropy(X, jnp.zeros((8, 1), int)),
+        "cross_entropy: labels must have shape (8,), the batch shape; got (8, 1). "
+        "Give one label per example; one-hot labels go in as Probs.",
+    ),
+    "labels over two axes": (
+        lambda: kljax.cross_entropy(X, jnp.array(3), axis=(0, 1)),
+        "cross_entropy: axis must be a single axis with integer labels; got 2 class axes.",
+    ),
+    "float labels": (
+        lambda: kljax.distillation_loss(X, X, jnp.zeros(8), hard_weight=1.0),
+        "distillation_loss: labels must be integers; got float32. Soft labels go into `targets`.",
+    ),
+    "no labels": (
+        lambda: kljax.distillation_loss(X, X, hard_weight=0.5),
+        "distillation_loss: labels must be given; got None. Or set hard_weight=0.0.",
+    ),
+    "label weights": (
+        lambda: kljax.distillation_loss(X, X, jnp.zeros(8, int), label_weights=jnp.ones((8, 1))),
+        "distillation_loss: label_weights must have shape (8,), the batch shape; got (8, 1).",
+    ),
+    "name of a divergence": (
+        lambda: kljax.distillation_loss(X, X, divergence="forward_kl"),
+        "distillation_loss: divergence must be a divergence, such as kljax.forward_kl; "
+        "got 'forward_kl'.",
+    ),
+    "distillation weights": (
+        lambda: kljax.distillation_loss(X, X, weights=jnp.ones((8, 1))),
+        "distillation_loss: weights must have shape (8,), the batch shape; got (8, 1).",
+    ),
+    "a term that sums": (
+        lambda: kljax.divergence(lambda s, t: jnp.sum(s - t, -1))(X, X),
+        "divergence: term must be a function that returns shape (8, 10); got (8,). "
+        "A term is elementwise: the library sums over the classes.",
+    ),
+    "a term that ignores": (
+        lambda: kljax.divergence(lambda s, t: 1.0)(X, X),
+        "divergence: term must be a function that returns shape (8, 10); got float.",
+    ),
+}
+TYPE_ERRORS = {
+    "complex weights",
+    "integer predictions",
+    "integer targets",
+    "no array",
+    "float mask",
+    "float labels",
+    "name of a divergence",
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_message(case):
+    """The message is this one, its type ValueError, or TypeError for dtypes and types."""
+    call, message = EXACT[case]
+    with pytest.raises(Exception, match=re.escape(message)) as raised:
+        call()
+    assert raised.type is (TypeError if case in TYPE_ERRORS else ValueError)
+
+
+def test_errors_come_while_tracing():
+    """Under jit and eval_shape too, before anything runs."""
+    with pytest.raises(ValueError, match="weights must have shape"):
+        jax.eval_shape(lambda x, w: kljax.forward_kl(x, x, weights=w), X, jnp.ones((8, 1)))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        jax.jit(lambda x: kljax.distillation_loss(x, x, temperature=-1.0))(X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kljax.forward_kl(X, jnp.zeros((1, 10))),
+        lambda: kljax.forward_kl(X, X, weights=jnp.ones((8, 1))),
+        lambda: kljax.forward_kl(X, X, where=jnp.ones((8, 1), bool)),
+        lambda: kljax.forward_kl(X, X, temperature=jnp.ones((8, 1))),
+        lambda: kljax.reduce(jnp.ones(8), weights=jnp.ones((8, 1)), reduction="mean"),
+    ],
+    ids=["batch", "weights", "where", "temperature", "reduce"],
+)
+def test_disabled_asserts_do_not_let_shapes_broadcast(call):
+    """What would broadcast silently raises even under chex.disable_asserts."""
+    chex.disable_asserts()
+    try:
+        with pytest.raises(ValueError, match="must"):
+            call()
+    finally:
+        chex.enable_asserts()
+
+
+def test_options_are_keywords():
+    """A third positional argument, or an unknown option, is a TypeError."""
+    with pytest.raises(TypeError):
+        kljax.forward_kl(X, X, -1)
+    with pytest.raises(TypeError, match="weight"):
+        kljax.forward_kl(X, X, weight=jnp.ones(8))

@@ -1,0 +1,188 @@
+"""The divergences under JAX's transforms, with every option of shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close
+from jax.test_util import check_grads
+
+import kljax
+
+NAMES = ["forward_kl", "jeffreys", "jensen_shannon", "skew_reverse_kl", "cross_entropy"]
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "entropy"])
+@pytest.mark.usefixtures("x64")
+def test_derivative_rules_against_finite_differences(rng, name):
+    """Both modes, second order, on arrays small enough for the check to see an error."""
+    sides = [rng.normal(size=(2, 3)) for _ in range(1 if name == "entropy" else 2)]
+    weights = rng.uniform(size=2)
+
+    def f(*operands):
+        *sides, temperature, weights = operands
+        compute = getattr(kljax, name)
+        return compute(*sides, temperature=temperature, weights=weights, reduction="mean")
+
+    check_grads(f, (*sides, 1.3, weights), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_kl_terms_against_finite_differences(rng):
+    """The elementwise rule too, with its temperature."""
+    p, q = rng.normal(size=(2, 3)), rng.normal(size=(2, 3))
+    f = lambda p, q, t: kljax.kl_terms(p, q, temperature=t)  # noqa: E731
+    check_grads(f, (p, q, 1.3), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (-1, 0), (0, 1, 2)])
+def test_axis(rng, axis):
+    """The classes may occupy any axis or axes."""
+    x, y = (rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(2))
+    sequence = (axis,) if isinstance(axis, int) else axis
+    last = lambda z: np.moveaxis(z, sorted(a % 3 for a in sequence), range(-len(sequence), 0))  # noqa: E731
+    batch = tuple(n for i, n in enumerate(x.shape) if i not in {a % 3 for a in sequence})
+    flat = [last(z).reshape(*batch, -1) for z in (x, y)]
+    got = kljax.forward_kl(x, y, axis=axis)
+    assert got.shape == batch
+    assert_close(got, oracle.divergence("forward_kl", *flat))
+    np.testing.assert_array_equal(kljax.forward_kl(x, y, axis=list(sequence)), got)
+    assert_close(kljax.entropy(x, axis=axis), oracle.divergence("entropy", flat[0]))
+    where = rng.uniform(size=x.shape) > 0.3
+    flat_where = last(where).reshape(*batch, -1)
+    want = oracle.divergence("forward_kl", *flat, where=flat_where)
+    assert_close(kljax.forward_kl(x, y, axis=axis, where=where), want)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_a_shared_distribution(rng, axis):
+    """One side may lack the batch; its gradient is the sum over the batch."""
+    x = rng.normal(size=(4, 3) if axis == -1 else (3, 4)).astype(np.float32)
+    y = rng.normal(size=3).astype(np.float32)
+    whole = np.broadcast_to(y, (4, 3)) if axis == -1 else np.broadcast_to(y[:, None], (3, 4))
+    for sides, full in (((x, y), (x, whole)), ((y, x), (whole, x))):
+        assert_close(kljax.forward_kl(*sides, axis=axis), kljax.forward_kl(*full, axis=axis))
+    f = lambda y: kljax.forward_kl(x, y, axis=axis, reduction="sum")  # noqa: E731
+    got, want = jax.grad(f)(y), jax.grad(f)(whole)
+    assert_close(got, want.sum(0 if axis == -1 else 1))
+    where = np.array([True, False, True])
+    masked = kljax.forward_kl(x, y, axis=axis, where=where)
+    assert_close(masked, kljax.forward_kl(x, whole, axis=axis, where=where))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_temperature_is_a_division_of_log_probabilities(rng, name):
+    """Every representation, given a temperature, becomes softmax(log-probabilities / T)."""
+    x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    f = getattr(kljax, name)
+    want = f(x / 2, y / 2)
+    p = [jax.nn.softmax(z) for z in (x, y)]
+    assert_close(f(x, y, temperature=2.0), want)
+    assert_close(f(kljax.Probs(p[0]), kljax.LogProbs(jnp.log(p[1])), temperature=2.0), want)
+    assert_close(jax.jit(f)(x, y, temperature=jnp.float32(2)), want)
+    assert_close(f(x, y, temperature=2), want)
+
+
+@pytest.mark.parametrize("kinds", [("logits", "logits"), ("probs", "log_probs")], ids="-".join)
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_scan_checkpoint_and_jit_agree(rng, name, kinds):
+    """Value and gradient are the batch's, however the rows are visited."""
+    hold = {"logits": kljax.Logits, "probs": kljax.Probs, "log_probs": kljax.LogProbs}
+    x, y = (jnp.asarray(oracle.log_probs(rng.normal(size=(3, 4))), jnp.float32) for _ in range(2))
+    x = jnp.exp(x) if kinds[0] == "probs" else x
+    x, y = hold[kinds[0]](x), hold[kinds[1]](y)
+    f = getattr(kljax, name)
+
+    def batch(x):
+        return f(x, y, reduction="sum")
+
+    def by_vmap(x):
+        return jax.vmap(f)(x, y).sum()
+
+    def by_scan(x):
+        total, _ = jax.lax.scan(lambda c, xy: (c + f(*xy), None), jnp.zeros(()), (x, y))
+        return total
+
+    want, (want_gradient,) = batch(x), jax.tree.leaves(jax.grad(batch)(x))
+    for visit in (by_vmap, by_scan, jax.checkpoint(batch), jax.jit(batch)):
+        value, gradient = jax.value_and_grad(visit)(x)
+        assert_close(value, want)
+        assert_close(jax.tree.leaves(gradient)[0], want_gradient)
+    linear = jax.linearize(batch, x)[1](jax.tree.map(jnp.ones_like, x))
+    assert_close(linear, want_gradient.sum())
+
+
+def test_vmap_over_one_side_and_over_options(rng):
+    """in_axes of None, a vmapped temperature, mask and weight."""
+    x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    t, w = np.array([1.0, 2.0, 3.0], np.float32), np.array([0.0, 1.0, 2.0], np.float32)
+    where = np.array([[True] * 4, [True, True, True, False], [False, True, True, True]])
+    f = lambda x, y, t, m, w: kljax.forward_kl(x, y, temperature=t, where=m, weights=w)  # noqa: E731
+    got = jax.vmap(f, in_axes=(0, None, 0, 0, 0))(x, y[0], t, where, w)
+    want = [f(x[i], y[0], t[i], where[i], w[i]) for i in range(3)]
+    assert_close(got, np.array(want))
+    slopes = jax.vmap(jax.grad(f), in_axes=(0, None, 0, 0, 0))(x, y[0], t, where, w)
+    assert_close(slopes[1], jax.grad(f)(x[1], y[0], t[1], where[1], w[1]))
+
+
+@pytest.mark.parametrize("trace", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_distributions_are_pytrees(trace):
+    """They pass through jit, grad and tree.map; grad returns the same type."""
+    side = kljax.Probs(jnp.array([0.5, 0.5]))
+    gradient = trace(jax.grad(lambda s: kljax.forward_kl(s, kljax.Probs([1.0, 0.0]))))(side)
+    assert isinstance(gradient, kljax.Probs)
+    np.testing.assert_allclose(gradient.probs, [-2.0, 0.0])
+    doubled = jax.tree.map(lambda z: 2 * z, kljax.Logits(jnp.ones(3)))
+    assert isinstance(doubled, kljax.Logits)
+    trees = {jax.tree.structure(hold(1.0)) for hold in (kljax.Logits, kljax.LogProbs, kljax.Probs)}
+    assert len(trees) == 3, "a trace of one type must never serve another"
+
+
+def test_labels(rng):
+    """Integer labels are one-hot targets: value, gradient, mask, axis, temperature, any int."""
+    x = rng.normal(size=(3, 5)).astype(np.float32)
+    labels = np.array([4, 0, 2])
+    one_hot = kljax.Probs(jax.nn.one_hot(labels, 5))
+    for options in ({}, {"temperature": 2.0}, {"where": np.array([1, 1, 1, 0, 1], bool)}):
+        f = lambda x, t, o=options: kljax.cross_entropy(x, t, reduction="sum", **o)  # noqa: E731
+        assert_close(f(x, labels.astype(np.int8)), f(x, one_hot))
+        assert_close(jax.grad(f)(x, labels), jax.grad(f)(x, one_hot))
+    assert_close(kljax.cross_entropy(x.T, labels, axis=0), kljax.cross_entropy(x, labels))
+    probs = kljax.Probs(jax.nn.softmax(x))
+    assert_close(kljax.cross_entropy(probs, labels), kljax.cross_entropy(x, labels))
+    assert_close(jax.vmap(kljax.cross_entropy)(x, labels), kljax.cross_entropy(x, labels))
+
+
+def test_labels_that_name_no_class(rng):
+    """NaN, never a number: out of range, or masked; and nothing at weight 0."""
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    labels, where = jnp.array([3, -1, 1, 0]), jnp.array([True, False, True])
+    np.testing.assert_array_equal(
+        np.isnan(kljax.cross_entropy(x, labels, where=where)), [True, True, True, False]
+    )
+    f = lambda x, labels: kljax.cross_entropy(  # noqa: E731
+        x, labels, weights=jnp.array([0, 0, 1, 1]), reduction="mean"
+    )
+    value, gradient = jax.value_and_grad(f)(x, labels)
+    want, want_gradient = jax.value_and_grad(f)(x, jnp.array([0, 0, 1, 0]))
+    assert value == want
+    np.testing.assert_array_equal(gradient, want_gradient)
+
+
+def test_empty_arrays():
+    """No examples, or no classes: nothing to sum."""
+    assert kljax.forward_kl(jnp.zeros((0, 3)), jnp.zeros((0, 3))).shape == (0,)
+    assert kljax.forward_kl(jnp.zeros((0, 3)), jnp.zeros((0, 3)), reduction="mean") == 0
+    np.testing.assert_array_equal(kljax.forward_kl(jnp.zeros((2, 0)), jnp.zeros((2, 0))), [0, 0])
+
+
+def test_a_frozen_side_costs_nothing():
+    """Only the gradient that is asked for is computed."""
+    x = jnp.ones((8, 16))
+
+    def operations(wrt):
+        loss = lambda s, t: kljax.reverse_kl(s, t, reduction="mean")  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss, wrt))(x, x)).count("\n")
+
+    assert max(operations(0), operations(1)) < operations((0, 1))
