@@ -36,8 +36,8 @@ class Logits:
 
     Example:
         >>> import jax.numpy as jnp, kljax
-        >>> print(kljax.entropy(kljax.Logits(jnp.zeros(4))))
-        1.3862944
+        >>> print(f"{kljax.entropy(kljax.Logits(jnp.zeros(4))):.4f}")
+        1.3863
     """
 
     logits: ArrayLike
@@ -59,8 +59,8 @@ class LogProbs:
 
     Example:
         >>> import jax, jax.numpy as jnp, kljax
-        >>> print(kljax.entropy(kljax.LogProbs(jax.nn.log_softmax(jnp.zeros(4)))))
-        1.3862944
+        >>> print(f"{kljax.entropy(kljax.LogProbs(jax.nn.log_softmax(jnp.zeros(4)))):.4f}")
+        1.3863
     """
 
     log_probs: ArrayLike
@@ -80,8 +80,8 @@ class Probs:
 
     Example:
         >>> import jax.numpy as jnp, kljax
-        >>> print(kljax.entropy(kljax.Probs(jnp.array([0.5, 0.5, 0.0]))))
-        0.6931472
+        >>> print(f"{kljax.entropy(kljax.Probs(jnp.array([0.5, 0.5, 0.0]))):.4f}")
+        0.6931
     """
 
     probs: ArrayLike

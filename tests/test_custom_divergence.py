@@ -1,0 +1,152 @@
+"""Divergences made from a term of the user's own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close
+
+import kljax
+
+
+@kljax.divergence
+def total_variation(log_s, log_t):
+    """Half the absolute difference."""
+    return 0.5 * jnp.abs(jnp.exp(log_s) - jnp.exp(log_t))
+
+
+def test_a_term_becomes_a_divergence_with_every_option(rng):
+    """Value, gradient, mask, temperature, weights and reduction, as for the built-in ones."""
+    x, y = (rng.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
+    where, weights = np.array([True, True, False]), np.array([0.0, 1.0, 2.0, 3.0], np.float32)
+    got = total_variation(
+        x, y, where=where, temperature=2.0, weights=weights, reduction="mean", axis=-1
+    )
+    p, q = (np.exp(oracle.log_probs(z, temperature=2.0, where=where)) for z in (x, y))
+    assert_close(got, oracle.reduce(0.5 * abs(p - q).sum(-1), weights, "mean"))
+    assert total_variation.__name__ == "total_variation"
+    assert total_variation.__doc__ == "Half the absolute difference."
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+def test_the_exported_pieces_make_the_built_in_ones(rng, name):
+    """From term_kl, term_generalized_kl and log_mixture; at zeros and in second order too."""
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    y = rng.normal(size=(3, 4)).astype(np.float32)
+    x[1, 0] = y[1, 0] = y[2, 3] = -np.inf
+
+    def jensen_shannon(kl, log_s, log_t):
+        log_m, _, _ = kljax.log_mixture(log_t, log_s, 0.5)
+        return 0.5 * (kl(log_t, log_m) + kl(log_s, log_m))
+
+    terms = {"forward_kl": lambda kl, s, t: kl(t, s), "jensen_shannon": jensen_shannon}
+    want = getattr(kljax, name)
+    for kl in (kljax.term_kl, kljax.term_generalized_kl):
+        mine = kljax.divergence(partial(terms[name], kl))
+        assert_close(mine(x, y), want(x, y))
+        for wrt in (0, 1):
+            total = lambda f, wrt=wrt: jax.grad(lambda *z: f(*z).sum(), wrt)(x, y)  # noqa: E731
+            assert_close(total(mine), total(want))
+        hessian = jax.hessian(lambda x, f=mine: f(x, y[1]).sum())(x[1])
+        assert_close(hessian, jax.hessian(lambda x: want(x, y[1]))(x[1]))
+
+
+def test_log_ratio_reaches_the_normalized_term(rng):
+    """The second term is accurate where the first one rounds, and serves normalised sides only."""
+    mine = kljax.divergence(
+        lambda s, t: kljax.term_kl(t, s),
+        normalized=lambda s, t, ratio: kljax.term_generalized_kl(t, s, ratio),
+    )
+    x = rng.normal(size=1000).astype(np.float32)
+    y = x + np.float32(1e-3) * rng.normal(size=1000).astype(np.float32)
+    assert mine(x, y) == kljax.forward_kl(x, y) > 0
+    sides = kljax.LogProbs([-1.0, -2.0]), kljax.LogProbs([-3.0, -0.5])
+    assert mine(*sides) == kljax.forward_kl(*sides)
+
+
+@pytest.mark.parametrize("trace", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_closed_over_values_get_gradients(rng, trace):
+    """Scalars and per-class arrays, traced outside, in reverse and forward mode and under vmap."""
+    x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    scale, classes = jnp.float32(2.0), jnp.arange(1.0, 5.0)
+
+    def loss(scale, classes):
+        term = lambda s, t: scale * classes[None] * kljax.term_kl(t, s)  # noqa: E731
+        return kljax.divergence(term)(x, y, reduction="sum")
+
+    parts = kljax.kl_terms(y, x).sum(0)
+    want = (parts * classes).sum(), scale * parts
+    assert_close(trace(jax.grad(loss, 0))(scale, classes), want[0])
+    assert_close(trace(jax.grad(loss, 1))(scale, classes), want[1])
+    assert_close(trace(jax.jacfwd(loss, 1))(scale, classes), want[1])
+    many = jax.vmap(loss, in_axes=(0, None))(jnp.array([1.0, 2.0]), classes)
+    assert_close(many, [loss(1.0, classes), loss(2.0, classes)])
+    cross = trace(jax.jacfwd(jax.grad(loss, 0), 1))(scale, classes)
+    assert_close(cross, parts)
+
+
+def test_params_get_gradients_without_a_new_compilation(rng):
+    """params are traced: one compilation serves every value."""
+    traces = []
+
+    def term(log_s, log_t, power):
+        traces.append(1)
+        return jnp.exp(power * log_s) * (log_s - log_t)
+
+    mine = kljax.divergence(term)
+    x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
+    mine(x, y, params=(1.0,))
+    compiled = len(traces)
+    assert_close(mine(x, y, params=(1.0,)), kljax.reverse_kl(x, y))
+    mine(x, y, params=(2.0,))
+    assert len(traces) == compiled
+    f = lambda power: mine(x, y, params=(power,))  # noqa: E731
+    log_s, log_t = (oracle.log_probs(z) for z in (x, y))
+    want = np.sum(log_s * np.exp(2 * log_s) * (log_s - log_t))
+    assert_close(jax.grad(f)(2.0), want)
+    assert_close(jax.jvp(f, (2.0,), (1.0,))[1], want)
+
+
+def test_masked_classes_never_reach_the_term():
+    """A term that cannot bear -inf is safe from masked classes, also in its gradient."""
+    mine = kljax.divergence(lambda s, t: jnp.exp(t) * (t - s))  # -inf - -inf is NaN here
+    x, where = jnp.array([0.0, 1.0, -jnp.inf]), jnp.array([True, True, False])
+    value, gradient = jax.value_and_grad(lambda x: mine(x, x + 1, where=where))(x)
+    assert_close(value, 0.0)
+    assert_close(gradient, [0.0, 0.0, 0.0])
+    assert np.isnan(mine(x, x + 1))
+
+
+def test_terms_at_zeros():
+    """The exported pieces keep the zero rules on their own."""
+    log_p = jnp.log(jnp.array([0.0, 0.0, 0.5, 0.5]))
+    log_q = jnp.log(jnp.array([0.0, 0.5, 0.0, 0.5]))
+    np.testing.assert_array_equal(kljax.term_kl(log_p, log_q), [0, 0, np.inf, 0])
+    np.testing.assert_array_equal(kljax.term_generalized_kl(log_p, log_q), [0, 0.5, np.inf, 0])
+    entropy = [0, 0, np.inf, np.float32(np.log(2) / 2)]
+    np.testing.assert_array_equal(kljax.term_cross_entropy(log_p, log_q), entropy)
+    np.testing.assert_array_equal(kljax.term_entropy(log_p)[:2], [0, 0])
+    for term in (kljax.term_kl, kljax.term_generalized_kl, kljax.term_cross_entropy):
+        slopes = jax.grad(lambda p, q, f=term: f(p, q).sum(), (0, 1))(log_p[:2], log_q[:2])
+        assert np.isfinite(slopes).all()
+        assert np.isnan(term(jnp.float32(-jnp.inf), jnp.float32(jnp.nan)))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_log_mixture(weight):
+    """m = w a + (1 - w) b with both log-ratios, at zeros of either side and both ends of w."""
+    a, b = np.array([0.0, 0.0, 0.5, 0.5, 1e-30]), np.array([0.0, 0.5, 0.0, 0.5, 0.3])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_a, log_b = np.log(a, dtype=np.float32), np.log(b, dtype=np.float32)
+        log_m = np.log(weight * a + (1 - weight) * b)
+        ratios = [np.where(np.isneginf(log_m) & (z == 0), 0, log_m - np.log(z)) for z in (a, b)]
+    got = kljax.log_mixture(log_a, log_b, weight)
+    assert_close(got[0], log_m)
+    assert_close(got[1], ratios[0])
+    assert_close(got[2], ratios[1])
+    same = kljax.log_mixture(log_b, log_b, weight)
+    np.testing.assert_array_equal(same[0], log_b)
+    np.testing.assert_array_equal(same[1:], np.zeros((2, 5)))

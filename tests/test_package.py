@@ -1,0 +1,115 @@
+"""The package as a whole: public names, their documentation, the direction of its imports."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kljax
+
+ROOT = Path(kljax.__file__).parent
+PUBLIC = sorted(name for name in vars(kljax) if not name.startswith("_"))
+FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(kljax, name))]
+
+# From the top to the bottom: a module imports only those below it.
+ORDER = [
+    "kljax",
+    "kljax.objectives",
+    "kljax.divergences",
+    "kljax._pipeline",
+    "kljax.reduction",
+    "kljax.distributions",
+    "kljax._engine.dispatch",
+    "kljax._engine.dense",
+    "kljax._engine.closures",
+    "kljax._engine.representation",
+    "kljax._engine.checks",
+    "kljax._engine.terms",
+    "kljax._engine",
+]
+
+
+def modules():
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(("kljax", *path.relative_to(ROOT).with_suffix("").parts))
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in ORDER else node.module
+
+
+def test_imports_point_downwards():
+    """No module imports one above it, and every module has its place."""
+    found = dict(modules())
+    assert sorted(found) == sorted(ORDER)
+    for name, tree in found.items():
+        for other in imported(tree):
+            if other.startswith("kljax"):
+                assert ORDER.index(other) > ORDER.index(name), f"{name} imports {other}"
+
+
+def test_only_checks_raises():
+    """Input errors come from one place."""
+    for name, tree in modules():
+        raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        assert not raises or name == "kljax._engine.checks", name
+
+
+def test_import_loads_neither_flax_nor_optax_nor_pallas():
+    """`import kljax` stays light, in a fresh interpreter."""
+    code = (
+        "import sys, kljax; "
+        "print([m for m in sys.modules if m.split('.')[0] in {'flax', 'optax'} or 'pallas' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_are_documented(name):
+    """One line, formula, shapes, units, zeros, gradients, example that runs, source."""
+    doc = inspect.getdoc(getattr(kljax, name))
+    assert re.match(r"[^\n]+\.\n", doc), "one line, ending in a full stop"
+    assert ".. math::" in doc
+    parts = ["Shapes", "nits", "Zeros:", "Gradients:", "Source:"]
+    if name == "reduce":  # the values keep their units
+        parts.remove("nits")
+    for part in parts:
+        assert part in doc, part
+    examples = doctest.DocTestParser().get_examples(doc)
+    assert examples, "an example"
+    assert any(example.want for example in examples)
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if inspect.isclass(getattr(kljax, n))])
+def test_public_classes_are_documented(name):
+    """At least what it holds."""
+    assert len(inspect.getdoc(getattr(kljax, name))) > 60
+
+
+def test_public_names_are_in_the_readme():
+    """Every public name is shown to a newcomer."""
+    readme = (ROOT.parent / "README.md").read_text()
+    public = [n for n in PUBLIC if not inspect.ismodule(getattr(kljax, n))]
+    missing = [n for n in public if n not in readme]
+    assert not missing
+
+
+def test_typed():
+    """The types are published."""
+    assert (ROOT / "py.typed").exists()
+    assert importlib.import_module("kljax").__version__
