@@ -35,10 +35,12 @@ def reduce(
 
     Zeros: a weight of 0 removes its example, even a NaN or infinite one, from the value and all
     derivatives. A denominator of 0 gives 0.
-    Gradients: to values, weights and normalizer. Through ``axis_name`` they are defined for
-    ``grad`` outside the map, and inside ``shard_map(check_vma=True)``; inside ``vmap`` or
-    ``check_vma=False`` JAX's transposed psum multiplies them by the axis size: take the mean of
-    the gradients over the axis (``lax.pmean``) instead of their sum.
+    Gradients: to values, weights and normalizer. Through ``axis_name`` they are exact for ``grad``
+    outside the map, and inside ``shard_map(check_vma=True)``. Inside ``vmap`` or
+    ``check_vma=False`` JAX's transposed psum multiplies every gradient by the axis size: average
+    that of a shared parameter over the axis (``lax.pmean``), divide that of what one shard alone
+    holds. Or leave ``axis_name`` out there, pass ``normalizer=lax.psum(jnp.sum(weights), axis)``,
+    and sum the gradients of shared parameters (``lax.psum``).
 
     Args:
         values: One per example; computed in float32 unless float64.

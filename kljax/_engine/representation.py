@@ -146,8 +146,7 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     a, b = sides
     if a.softmax is None or b.softmax is None:
         return log_difference(a.log_probs, b.log_probs)
-    a_zero, b_zero = jnp.isneginf(a.logs), jnp.isneginf(b.logs)
-    either = a_zero | b_zero
+    either = jnp.isneginf(a.logs) | jnp.isneginf(b.logs)
     a_logs, b_logs = jnp.where(either, 0, a.logs), jnp.where(either, 0, b.logs)
     # Near each other the logits differ exactly; far apart what stands below each peak does.
     a_below, b_below = a_logs - a.softmax.peak, b_logs - b.softmax.peak
@@ -157,7 +156,7 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     if temperature is not None:
         difference = difference / temperature
     excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass
-    infinite = jnp.where(b_zero, jnp.where(a_zero, 0, jnp.inf), -jnp.inf)
+    infinite = log_difference(a.log_probs, b.log_probs)
     return jnp.where(either, infinite, difference - jnp.log1p(excess))
 
 
