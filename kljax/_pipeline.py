@@ -38,7 +38,8 @@ class Held(NamedTuple):
 class Plan(NamedTuple):
     """All that chooses code, known before tracing."""
 
-    formula: Formula
+    name: str
+    arguments: tuple[str, ...]
     spec: Spec
     bare: tuple[bool, ...]
     layout: Layout
@@ -183,7 +184,7 @@ def _prepare(
     term = formula.normalized if normalized and formula.normalized else formula.term
     dtype = compute_dtype(arrays)
     term, params = closures.hoist(term, len(held), layout.shape, dtype, params)
-    plan = Plan(formula, Spec(term, kinds, layout.axis), bare, layout)
+    plan = Plan(name, arguments, Spec(term, kinds, layout.axis), bare, layout)
     return plan, Given(arrays, where, temperature, params)
 
 
@@ -204,14 +205,14 @@ def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
 
 
 def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None:
-    name, layout = plan.formula.name, plan.layout
+    name, layout = plan.name, plan.layout
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
     live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
     counted = operands.where if live is None else live
     if live is not None and operands.where is not None:
         counted = operands.where & live
-    for i, (argument, kind) in enumerate(zip(plan.formula.arguments, plan.spec.kinds, strict=True)):
+    for i, (argument, kind) in enumerate(zip(plan.arguments, plan.spec.kinds, strict=True)):
         x = operands.inputs[i]
         if kind == "labels":
             checks.check_labels(name, x, live, layout.classes[0])
