@@ -1,5 +1,7 @@
 """float32 is as accurate as float32 can be: close distributions, huge logits, 16-bit inputs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,24 @@ def test_16_bit_inputs_are_computed_in_float32(rng, name, dtype):
         want = oracle.gradient(name, *wide, wrt)
         eps = float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(np.asarray(gradient, np.float64), want, rtol=eps, atol=1e-6)
+
+
+def test_16_bit_inputs_are_not_copied_to_float32():
+    """No instruction of the compiled value and gradient is a wide copy of a whole input."""
+    x = jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16)
+
+    def wide_copies(f):
+        text = jax.jit(f).lower(x, x).compile().as_text()
+        return re.findall(r"ROOT \S+ = f32\[64,4096\]\S* convert\(", text)
+
+    losses = [
+        lambda x, y: kljax.forward_kl(x, y, reduction="mean"),
+        lambda x, y: kljax.reverse_kl(x, y, reduction="mean", temperature=2.0),
+    ]
+    for loss in losses:
+        assert not wide_copies(jax.value_and_grad(loss))
+    plain = lambda x, y: jax.nn.logsumexp(x.astype(jnp.float32), -1)  # noqa: E731
+    assert wide_copies(plain), "the pattern must find a copy where there is one"
 
 
 @pytest.mark.usefixtures("x64")

@@ -111,22 +111,33 @@ def _side(
 ) -> Side:
     if kind == "labels":
         return _one_hot(x, operands.where, axis, shape, dtype)
-    logs = x.astype(dtype)
-    if kind == "probs":
-        zero = logs == 0
-        logs = jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, logs)))
+    if x.dtype.itemsize == 1:
+        x = x.astype(dtype)  # some 8-bit floats have no infinity
+    least = 0 if kind == "probs" else -jnp.inf
     if operands.where is not None:
-        logs = jnp.where(operands.where, logs, -jnp.inf)
+        x = jnp.where(operands.where, x, least)
+    logs = _log(x.astype(dtype)) if kind == "probs" else x.astype(dtype)
     if not normalizes(kind, operands.temperature):
         return Side(logs, logs)
-    return _normalize(logs, operands.where, operands.temperature, axis)
+    # In the input's own dtype: to widen it before the maximum would store a wide copy.
+    peak = jnp.max(lax.stop_gradient(x), axis=axis, keepdims=True, initial=least).astype(dtype)
+    peak = _log(peak) if kind == "probs" else peak
+    return _normalize(logs, peak, operands.where, operands.temperature, axis)
+
+
+def _log(probs: Array) -> Array:
+    zero = probs == 0
+    return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, probs)))
 
 
 def _normalize(
-    logs: Array, where: Array | None, temperature: Array | None, axis: tuple[int, ...]
+    logs: Array,
+    peak: Array,
+    where: Array | None,
+    temperature: Array | None,
+    axis: tuple[int, ...],
 ) -> Side:
     zero = jnp.isneginf(logs)
-    peak = lax.stop_gradient(jnp.max(logs, axis=axis, keepdims=True, initial=-jnp.inf))
     peak = jnp.where(jnp.isneginf(peak), 0, peak)
     # The peak goes before the division: logits of 1e30 divided by T first would overflow.
     scores = jnp.where(zero, 0, logs) - peak
