@@ -13,7 +13,15 @@ from kljax import reduction as reductions
 from kljax._engine import checks, closures, dense, dispatch
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Implementation
-from kljax._engine.representation import Kind, Operands, Spec, Term, compute_dtype, normalizes
+from kljax._engine.representation import (
+    Kind,
+    Operands,
+    Spec,
+    Term,
+    compute_dtype,
+    counted,
+    normalizes,
+)
 from kljax.distributions import Distribution, Logits, LogProbs, Probs
 from kljax.reduction import AxisName, Reduction
 
@@ -208,19 +216,16 @@ def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None
     name, layout = plan.name, plan.layout
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
-    live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
-    counted = operands.where if live is None else live
-    if live is not None and operands.where is not None:
-        counted = operands.where & live
-    for i, (argument, kind) in enumerate(zip(plan.arguments, plan.spec.kinds, strict=True)):
-        x = operands.inputs[i]
+    live = counted(plan.spec, operands._replace(where=None, scale=weights))
+    both = counted(plan.spec, operands._replace(scale=weights))
+    for argument, kind, x, bare in zip(
+        plan.arguments, plan.spec.kinds, operands.inputs, plan.bare, strict=True
+    ):
         if kind == "labels":
             checks.check_labels(name, x, live, layout.classes[0])
             continue
+        whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any example does
         at_its_word = not normalizes(kind, operands.temperature)
-        # A distribution that the batch shares counts where any example does.
-        x = jnp.broadcast_to(x, layout.shape)
         checks.check_distribution(
-            name, argument, kind, x, counted, layout.axis,
-            bare=plan.bare[i], at_its_word=at_its_word,
-        )  # fmt: skip
+            f"{name}: {argument}", kind, whole, both, layout.axis, bare=bare, exact=at_its_word
+        )

@@ -221,34 +221,32 @@ _SLACK = 0.02
 
 
 def check_distribution(
-    caller: str,
-    argument: str,
+    which: str,
     kind: str,
     x: Array,
     counted: Array | None,
     axis: tuple[int, ...],
     *,
     bare: bool,
-    at_its_word: bool,
+    exact: bool,
 ) -> None:
     """Report values that cannot be what their type says; `counted` are those with an effect."""
     counted = jnp.broadcast_to(True if counted is None else counted, x.shape)
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    where = f"{caller}: {argument}"
-    debug_check(~jnp.any(jnp.isnan(x) & counted), f"{where} hold NaN")
+    debug_check(~jnp.any(jnp.isnan(x) & counted), f"{which} hold NaN")
     if kind == "logits":
         if bare:
-            message = f"{where} look like probabilities (all in [0, 1], rows sum to 1); "
+            message = f"{which} look like probabilities (all in [0, 1], rows sum to 1); "
             debug_check(~_are_probabilities(x, counted, axis), message + "wrap them in Probs")
         return
     held, probs = ("probabilities", x) if kind == "probs" else ("log-probabilities", jnp.exp(x))
     sign = "negative" if kind == "probs" else "positive"
     bound = x >= 0 if kind == "probs" else x <= _SLACK
     remedy = "Logits are what need not be normalised"
-    debug_check(jnp.all(bound | ~counted), f"{where} hold {sign} {held}; {remedy}")
-    if at_its_word:
+    debug_check(jnp.all(bound | ~counted), f"{which} hold {sign} {held}; {remedy}")
+    if exact:
         off = _off_from_one(probs, counted, axis)
-        message = f"{where} hold {held} that do not sum to 1, but are {{off}} off; {remedy}"
+        message = f"{which} hold {held} that do not sum to 1, but are {{off}} off; {remedy}"
         debug_check(off <= _SLACK, message, off=off)
 
 

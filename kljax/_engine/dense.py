@@ -13,7 +13,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
-from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
+from kljax._engine.representation import Kind, Operands, Spec, View, counted, to_input, view
 from kljax._engine.terms import weigh
 
 
@@ -33,7 +33,7 @@ def rows(spec: Spec, operands: Operands) -> Array:
 def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tuple[Array, Array]:
     (operands,), (dots,) = primals, tangents
     seen = view(spec, operands)
-    present = _in_live_examples(spec, operands)
+    present = counted(spec, operands)
     values = rows(spec, operands._replace(scale=None))
     invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
 
@@ -135,14 +135,6 @@ def _params_tangent(
     steps = [tree.flatten_up_to(dots)[i] for i in moving]
     tangent = jax.jvp(along, [leaves[i] for i in moving], steps)[1]
     return jnp.sum(tangent, axis=spec.axis)
-
-
-def _in_live_examples(spec: Spec, operands: Operands) -> Array | None:
-    """The classes that exist, in the examples that count."""
-    if operands.scale is None:
-        return operands.where
-    live = jnp.expand_dims(operands.scale != 0, spec.axis)
-    return live if operands.where is None else operands.where & live
 
 
 def _present(where: Array | None, values: Array) -> Array:
