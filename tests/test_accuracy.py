@@ -89,7 +89,7 @@ def test_huge_logits(size, temperature):
 @pytest.mark.parametrize("name", [*NON_NEGATIVE, "cross_entropy"])
 def test_16_bit_inputs_are_computed_in_float32(rng, name, dtype):
     """The value of the rounded inputs to float32 accuracy, and gradients in their own dtype."""
-    x, y = (jnp.asarray(rng.normal(size=(3, 257)), dtype) for _ in range(2))
+    x, y = (jnp.asarray(rng.normal(size=(3, 37)), dtype) for _ in range(2))
     f = getattr(kljax, name)
     wide = [np.asarray(z, np.float64) for z in (x, y)]
     value = f(x, y)

