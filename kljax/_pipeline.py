@@ -1,5 +1,6 @@
 """The pipeline behind every divergence: representation → terms → sum → weights → reduction."""
 
+import functools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from kljax import reduction as reductions
@@ -19,7 +21,6 @@ from kljax._engine.representation import (
     Spec,
     Term,
     compute_dtype,
-    counted,
     normalizes,
 )
 from kljax.distributions import Distribution, Logits, LogProbs, Probs
@@ -66,7 +67,7 @@ def evaluate(
     formula: Formula,
     distributions: tuple[ArrayLike | Distribution | Held, ...],
     *,
-    params: tuple[Any, ...] = (),
+    term_params: tuple[Any, ...] = (),
     axis: int | Iterable[int] = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
@@ -77,15 +78,15 @@ def evaluate(
     implementation: Implementation | None = None,
 ) -> Array:
     """One value per example, or one number: check everything that is static, then run."""
-    plan, given = _prepare(formula, distributions, params, axis, where, temperature)
+    plan, given = _prepare(formula, distributions, term_params, axis, where, temperature)
     weights, normalizer = reductions.prepare(
         formula.name, plan.layout.batch, weights, reduction, normalizer, axis_name
     )
     implementation = dispatch.choose(formula.name, implementation)
-    return _run(plan, implementation, reduction, axis_name, given, weights, normalizer)
+    run = _run_jitted if closures.is_pure(plan.spec.term) else _run
+    return run(plan, implementation, reduction, axis_name, given, weights, normalizer)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
     plan: Plan,
     implementation: Implementation,
@@ -95,13 +96,18 @@ def _run(
     weights: Array | None,
     normalizer: Array | None,
 ) -> Array:
-    operands = _assemble(plan, given, weights)
+    spec, operands = plan.spec, _assemble(plan, given, weights)
+    if not closures.is_pure(spec.term):
+        spec, operands = closures.hoist(spec, operands)
     dtype = compute_dtype(operands.inputs)
     scale = reductions.example_scale(
         plan.layout.batch, dtype, weights, reduction, normalizer, axis_name
     )
-    values = dispatch.rows(implementation)(plan.spec, operands._replace(scale=scale))
+    values = dispatch.rows(implementation)(spec, operands._replace(scale=scale))
     return reductions.total(values, reduction, axis_name)
+
+
+_run_jitted = jax.jit(_run, static_argnums=(0, 1, 2, 3))
 
 
 def evaluate_elements(
@@ -190,8 +196,6 @@ def _prepare(
 
     normalized = all(normalizes(kind, temperature) for kind in kinds)
     term = formula.normalized if normalized and formula.normalized else formula.term
-    dtype = compute_dtype(arrays)
-    term, params = closures.hoist(term, len(held), layout.shape, dtype, params)
     plan = Plan(name, arguments, Spec(term, kinds, layout.axis), bare, layout)
     return plan, Given(arrays, where, temperature, params)
 
@@ -204,6 +208,7 @@ def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
         for kind, x in zip(kinds, given.arrays, strict=True)
     )
     where = None if given.where is None else layout.expand(given.where)
+    inputs, where = _share_sharding(inputs, where, layout)
     temperature = given.temperature
     if temperature is not None:
         temperature = temperature.astype(compute_dtype(inputs))
@@ -212,12 +217,34 @@ def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
     return operands
 
 
+def _share_sharding(
+    inputs: tuple[Array, ...], where: Array | None, layout: Layout
+) -> tuple[tuple[Array, ...], Array | None]:
+    """On a mesh of explicit axes a select demands that its operands are spread alike."""
+    specs = (jax.typeof(x).sharding.spec for x in inputs if x.shape == layout.shape)
+    spec = next((spec for spec in specs if any(spec)), None)
+    if spec is None:
+        return inputs, where
+
+    def spread(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):  # labels have no classes to spread over
+            return jax.sharding.reshard(
+                x, PartitionSpec(*(None if i in layout.axis else n for i, n in enumerate(spec)))
+            )
+        return jax.sharding.reshard(jnp.broadcast_to(x, layout.shape), PartitionSpec(*spec))
+
+    return tuple(map(spread, inputs)), None if where is None else spread(where)
+
+
 def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None:
     name, layout = plan.name, plan.layout
+    if AxisType.Explicit in jax.typeof(operands.inputs[0]).sharding.mesh.axis_types:
+        return  # checkify's checks cannot be mapped over such an axis
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
-    live = counted(plan.spec, operands._replace(where=None, scale=weights))
-    both = counted(plan.spec, operands._replace(scale=weights))
+    live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
+    both = [mask for mask in (operands.where, live) if mask is not None]
+    counted = functools.reduce(jnp.logical_and, both) if both else None
     for argument, kind, x, bare in zip(
         plan.arguments, plan.spec.kinds, operands.inputs, plan.bare, strict=True
     ):
@@ -227,5 +254,5 @@ def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None
         whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any example does
         at_its_word = not normalizes(kind, operands.temperature)
         checks.check_distribution(
-            f"{name}: {argument}", kind, whole, both, layout.axis, bare=bare, exact=at_its_word
+            f"{name}: {argument}", kind, whole, counted, layout.axis, bare=bare, exact=at_its_word
         )

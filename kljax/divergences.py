@@ -1,8 +1,15 @@
 """The divergences.
 
-Each reads as the picture: representation → terms → sum over classes → weights → reduction. A
-divergence is a formula on log-probabilities; `divergence` makes it a loss, for the built-in ones
-as for the user's own. Predictions s come first and targets t second, except in `kl(p, q)`.
+A divergence is a formula on log-probabilities; `divergence` makes it a loss, for the built-in ones
+as for the user's own. How a call flows:
+
+    forward_kl(predictions, targets, …)   its body is the formula; `_of_kl` hands it the KL term
+    _pipeline.evaluate                    shapes and options checked; arrays, layout, weights read
+    _engine.representation.view           logits, log-probs or probs → log-probabilities and ratio
+    _engine.dense.rows                    the term, summed over the classes, and its derivative
+    reduction.example_scale, .total       weights and denominator before, the sum after
+
+Predictions s come first and targets t second, except in `kl(p, q)`.
 """
 
 from collections.abc import Callable, Iterable
@@ -71,9 +78,9 @@ def divergence(
 
     Zeros: -inf reaches the term and is its own to answer for; the exported pieces (`term_kl`,
     `term_cross_entropy`, `log_mixture`, …) do. Masked classes never reach it.
-    Gradients: to both sides, to ``params`` and to traced values that the term closes over, in
-    every mode. A term that closes over traced values is compiled anew at each call outside
-    ``jit``; ``params`` are not.
+    Gradients: to both sides, to ``params`` and to arrays that the term captures, in every mode.
+    A term that captures anything but functions is not cached by the library's own ``jit``: call
+    its divergence inside yours. Globals that a term reads must not change, as under ``jit``.
 
     Args:
         term: ``term(log_pred, log_target, *params)``, the contribution of each class.
@@ -114,7 +121,7 @@ def divergence(
         params: tuple[Any, ...] = (),
         **options: Unpack[Options],
     ) -> Array:
-        return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+        return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
 
     return _named_like(term, compute)
 
@@ -126,11 +133,13 @@ def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Diverge
     library normalised.
     """
 
-    def textbook(s: Array, t: Array, *params: Any) -> Array:
-        return formula(term_kl, s, t, log_difference(s, t), *params)
+    def textbook(s: Array, t: Array, *params: Array) -> Array:
+        return normalized(s, t, log_difference(s, t), *params, kl=term_kl)
 
-    def normalized(s: Array, t: Array, ratio: Array, *params: Any) -> Array:
-        return formula(term_generalized_kl, s, t, ratio, *params)
+    def normalized(
+        s: Array, t: Array, ratio: Array, *params: Array, kl: KLTerm = term_generalized_kl
+    ) -> Array:
+        return formula(kl, s, t, ratio, *(param.astype(s.dtype) for param in params))
 
     textbook = _named_like(formula, textbook)
     textbook.__name__ = name or formula.__name__
@@ -258,8 +267,10 @@ def jensen_shannon(
     Shapes, units, options, errors: as `forward_kl`. Never above the entropy of (β, 1 - β):
     log 2 at ½.
 
-    Zeros: always finite; a class that both sides lack contributes 0.
-    Gradients: to both sides and beta, finite everywhere.
+    Zeros: always finite; a class that both sides lack contributes 0. With ``normalized`` the
+    ends are those of the KL that they are.
+    Gradients: to both sides and beta, finite where the value is; with ``normalized``, at the
+    ends themselves, to beta of first order only.
 
     Args:
         predictions: As for `forward_kl`.
@@ -300,8 +311,9 @@ def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: A
     between = _mixed(kl, s, t, ratio, inside) / (inside * (1 - inside))
     s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
     forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
-    from_0 = weigh(beta, forward - 0.5 * jnp.exp(s) * jnp.expm1(-ratio) ** 2)
-    from_1 = weigh(1 - beta, reverse - 0.5 * jnp.exp(t) * jnp.expm1(ratio) ** 2)
+    excess = jnp.exp(t) - jnp.exp(s)
+    from_0 = weigh(beta, forward - 0.5 * excess * jnp.expm1(-ratio))
+    from_1 = weigh(1 - beta, reverse + 0.5 * excess * jnp.expm1(ratio))
     return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline
 from kljax import reduction as reductions
-from kljax._engine import checks
+from kljax._engine import checks, closures
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Implementation
 from kljax._engine.representation import compute_dtype
@@ -120,8 +120,8 @@ def distillation_loss(
         label_weights = checks.to_array(_NAME, "label_weights", label_weights)
         checks.require_weights(_NAME, "label_weights", label_weights, layout.batch)
         label_weights = label_weights.astype(dtype)
-    soft_factor = checks.to_array(_NAME, "soft_weight", soft_weight).astype(dtype)
-    hard_factor = checks.to_array(_NAME, "hard_weight", hard_weight).astype(dtype)
+    soft_factor = checks.require_number(_NAME, "soft_weight", soft_weight).astype(dtype)
+    hard_factor = checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype)
     if scale_by_temperature and temperature is not None:
         soft_factor = soft_factor * temperature.astype(dtype) ** 2
     setup = _Setup(
@@ -135,7 +135,8 @@ def distillation_loss(
     )
     student, teacher = (_pipeline.restore(side, layout) for side in held)
     batch = _Batch(student, teacher, labels, where, temperature, weights, label_weights, normalizer)
-    return _distill(setup, batch, soft_factor, hard_factor)
+    distill = _distill_jitted if closures.is_pure(divergence) else _distill
+    return distill(setup, batch, soft_factor, hard_factor)
 
 
 _NAME = "distillation_loss"
@@ -166,12 +167,11 @@ class _Batch(NamedTuple):
     normalizer: Array | None
 
 
-@partial(jax.jit, static_argnums=0)
 def _distill(
     setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
 ) -> tuple[Array, DistillationMetrics]:
     batch = batch._replace(targets=lax.stop_gradient(batch.targets))
-    loss = jnp.zeros((), batch.weights.dtype)
+    loss = jnp.zeros_like(batch.weights, shape=None if setup.reduction == "none" else ())
     if setup.has_soft:
         soft = _soft(setup, batch)
         loss += _weighted(setup, soft, soft_factor, batch.weights, batch.normalizer)
@@ -183,6 +183,9 @@ def _distill(
             setup, _hard(setup, batch, batch.labels), hard_factor, weights, normalizer
         )
     return loss, _metrics(setup, lax.stop_gradient(batch))
+
+
+_distill_jitted = jax.jit(_distill, static_argnums=0)
 
 
 def _weighted(

@@ -33,8 +33,8 @@ def reduce(
     Shapes: ``weights`` has exactly the shape of ``values``; N is its leading size, 1 if it has
     no axes. "none" keeps the shape, the others give a scalar.
 
-    Zeros: a weight of 0 removes its example, even a NaN or infinite one, from the value and all
-    derivatives. A denominator of 0 gives 0.
+    Zeros: a weight of 0 takes its example out of the value and the gradient to values; one that
+    is NaN or infinite also out of every other derivative. A denominator of 0 gives 0.
     Gradients: to values, weights and normalizer. Through ``axis_name`` they are exact for ``grad``
     outside the map, and inside ``shard_map(check_vma=True)``. Inside ``vmap`` or
     ``check_vma=False`` JAX's transposed psum multiplies every gradient by the axis size: average
@@ -101,8 +101,7 @@ def prepare(
         if reduction != "mean":
             expected, got = 'given with reduction="mean"', f'reduction="{reduction}"'
             checks.fail(caller, "normalizer", expected, got, "Leave it out, or take the mean.")
-        normalizer = checks.to_array(caller, "normalizer", normalizer)
-        checks.require_scalar(caller, "normalizer", normalizer)
+        normalizer = checks.require_number(caller, "normalizer", normalizer)
     if axis_name is not None and reduction == "none":
         remedy = "Nothing is summed over the axis without one."
         checks.fail(caller, "axis_name", "given with a reduction", 'reduction="none"', remedy)

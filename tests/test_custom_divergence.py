@@ -93,21 +93,23 @@ def test_closed_over_values_get_gradients(rng, trace):
     assert_close(cross, parts)
 
 
+TRACES = []
+
+
+def power_term(log_s, log_t, power):
+    TRACES.append(power)
+    return jnp.exp(power * log_s) * (log_s - log_t)
+
+
 def test_params_get_gradients_without_a_new_compilation(rng):
     """params are traced: one compilation serves every value."""
-    traces = []
-
-    def term(log_s, log_t, power):
-        traces.append(1)
-        return jnp.exp(power * log_s) * (log_s - log_t)
-
-    mine = kljax.divergence(term)
+    mine = kljax.divergence(power_term)
     x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
     mine(x, y, params=(1.0,))
-    compiled = len(traces)
+    compiled = len(TRACES)
     assert_close(mine(x, y, params=(1.0,)), kljax.reverse_kl(x, y))
     mine(x, y, params=(2.0,))
-    assert len(traces) == compiled
+    assert len(TRACES) == compiled
     f = lambda power: mine(x, y, params=(power,))  # noqa: E731
     log_s, log_t = (oracle.log_probs(z) for z in (x, y))
     want = np.sum(log_s * np.exp(2 * log_s) * (log_s - log_t))
@@ -156,3 +158,74 @@ def test_log_mixture(weight):
     same = kljax.log_mixture(log_b, log_b, weight)
     np.testing.assert_array_equal(same[0], log_b)
     np.testing.assert_array_equal(same[1:], np.zeros((2, 5)))
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
+)
+def test_captured_integers_masks_and_steps(rng, transform):
+    """Traced values without a derivative may be captured too, under any transform."""
+    x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+
+    def loss(x, step, mask):
+        def term(s, t):
+            return jnp.where(mask[None] & (step > 0), 2.0, 1.0) * kljax.term_kl(t, s)
+
+        return kljax.divergence(term)(x, y, reduction="sum")
+
+    mask = jnp.array([True, False, True, True])
+    want = (kljax.kl_terms(y, x) * jnp.where(mask, 2.0, 1.0)[None]).sum()
+    assert_close(transform(loss)(x, 1, mask), want)
+    gradient = transform(jax.grad(loss))(x, 1, mask)
+    each = jax.vmap(jax.grad(loss), (None, 0, None))(x, jnp.array([1, 0]), mask)
+    assert_close(each[0], gradient)
+    assert_close(each[1], jax.grad(loss)(x, 0, mask))
+
+
+def test_a_term_with_a_state_is_read_at_each_call(rng):
+    """A method, or a variable bound anew, is never served from a cache; gradients reach it."""
+    x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
+
+    class Scaled:
+        scale = 1.0
+
+        def term(self, log_s, log_t):
+            return self.scale * kljax.term_kl(log_t, log_s)
+
+    module = Scaled()
+    mine = kljax.divergence(module.term)
+    want = kljax.forward_kl(x, y)
+    assert_close(mine(x, y), want)
+    module.scale = 3.0
+    assert_close(mine(x, y), 3 * want)
+
+    def loss(scale):
+        module.scale = scale
+        return mine(x, y)
+
+    for _ in range(2):
+        assert_close(jax.grad(loss)(2.0), want)
+
+
+def test_a_divergence_with_traced_options_leaves_no_tracer(rng):
+    """A partial over a traced beta, and a term over a traced scale, leak nothing."""
+    x, y = (jnp.asarray(rng.normal(size=(2, 4)), jnp.float32) for _ in range(2))
+
+    def loss(beta):
+        skewed = partial(kljax.jensen_shannon, beta=beta)
+        return kljax.distillation_loss(x, y, divergence=skewed)[0]
+
+    with jax.checking_leaks():
+        got = jax.grad(loss)(0.3)
+    want = jax.grad(lambda b: kljax.jensen_shannon(x, y, beta=b, reduction="mean"))(0.3)
+    assert_close(got, want)
+
+
+def test_terms_of_another_dtype(rng):
+    """A 16-bit answer is widened; an integer one is an error."""
+    x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
+    narrow = kljax.divergence(lambda s, t: (jnp.exp(t) * (t - s)).astype(jnp.bfloat16))
+    value, gradient = jax.value_and_grad(narrow)(x, y)
+    assert value.dtype == gradient.dtype == jnp.float32
+    with pytest.raises(TypeError, match="term must be a function that returns floats; got bool"):
+        kljax.divergence(lambda s, t: s > t)(x, y)

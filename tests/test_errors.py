@@ -126,6 +126,26 @@ EXACT = {
         lambda: kljax.forward_kl(X, X, temperature=jnp.ones(8)),
         "forward_kl: temperature must be a scalar; got shape (8,).",
     ),
+    "axis of another type": (
+        lambda: kljax.entropy(X, axis=None),
+        "entropy: axis must be an int or several; got None.",
+    ),
+    "concrete temperature": (
+        lambda: kljax.forward_kl(X, X, temperature=jnp.float32(-2)),
+        "forward_kl: temperature must be positive; got -2.0.",
+    ),
+    "soft weights per example": (
+        lambda: kljax.distillation_loss(X, X, soft_weight=jnp.ones(8)),
+        "distillation_loss: soft_weight must be a scalar; got shape (8,).",
+    ),
+    "hard weights per example": (
+        lambda: kljax.distillation_loss(X, X, jnp.zeros(8, int), hard_weight=jnp.ones(8)),
+        "distillation_loss: hard_weight must be a scalar; got shape (8,).",
+    ),
+    "concrete beta": (
+        lambda: kljax.jensen_shannon(X, X, beta=jnp.float32(1.5)),
+        "jensen_shannon: beta must be in [0, 1]; got 1.5.",
+    ),
     "beta": (
         lambda: kljax.jensen_shannon(X, X, beta=1.5),
         "jensen_shannon: beta must be in [0, 1]; got 1.5.",
@@ -233,3 +253,10 @@ def test_options_are_keywords():
         kljax.forward_kl(X, X, -1)
     with pytest.raises(TypeError, match="weight"):
         kljax.forward_kl(X, X, weight=jnp.ones(8))
+    with pytest.raises(TypeError, match="params"):
+        kljax.kl(X, X, params=(1.0,))
+
+
+def test_numpy_integers_are_axes():
+    """np.int64 counts axes as well as int."""
+    np.testing.assert_array_equal(kljax.entropy(X, axis=np.int64(1)), kljax.entropy(X))

@@ -188,3 +188,53 @@ def test_a_frozen_side_costs_nothing():
         return str(jax.make_jaxpr(jax.grad(loss, wrt))(x, x)).count("\n")
 
     assert max(operations(0), operations(1)) < operations((0, 1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+def test_labels_of_few_bits_name_one_class(rng, dtype):
+    """The class index does not wrap around in the labels' own dtype."""
+    x, labels = rng.normal(size=(2, 300)).astype(np.float32), np.array([3, 100], dtype)
+    assert_close(kljax.cross_entropy(x, labels), kljax.cross_entropy(x, labels.astype(np.int32)))
+
+
+def test_mixed_derivatives_through_a_zero_weight(rng):
+    """At weight 0 the derivative to weight and logits is the gradient itself, in either order."""
+    x, y = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(2))
+    weights = jnp.array([0.0, 1.0, 0.0])
+    x = x.at[2].set(jnp.nan)
+
+    def loss(x, w):
+        return kljax.forward_kl(x, y, weights=w, reduction="sum")
+
+    one = jax.jacfwd(jax.grad(loss, 0), 1)(x, weights)
+    other = jax.jacfwd(jax.grad(loss, 1), 0)(x, weights)
+    want = jax.grad(lambda x: kljax.forward_kl(x, y[0]))(x[0])
+    assert_close(one[0, :, 0], want)
+    assert_close(other[0, 0], want)
+    assert np.isfinite(one).all()
+    assert (one[2] == 0).all()
+
+    # As in learning to reweight examples: through a step of gradient descent.
+    step = jax.grad(lambda w: (x[0] - 0.1 * jax.grad(loss)(x, w)[0]) @ jnp.arange(4.0))(weights)
+    assert_close(step[0], -0.1 * want @ jnp.arange(4.0))
+
+
+def test_tangents_at_masked_classes_have_no_effect(rng):
+    """A NaN tangent at a masked class reaches nothing in forward mode."""
+    x, y = (jnp.asarray(rng.normal(size=(2, 4)), jnp.float32) for _ in range(2))
+    where, tangent = jnp.array([True, True, False, True]), jnp.ones((2, 4)).at[:, 2].set(jnp.nan)
+    for f in (kljax.forward_kl, kljax.kl_terms):
+        g = lambda x, f=f: f(x, y, where=where)  # noqa: E731
+        got = jax.jvp(g, (x,), (tangent,))[1]
+        assert_close(got, jax.jvp(g, (x,), (jnp.ones((2, 4)),))[1])
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_integer_shares(rng, end):
+    """beta and alpha may be the integers 0 and 1, also under grad."""
+    x, y = (jnp.asarray(rng.normal(size=4), jnp.float32) for _ in range(2))
+    for f, name in ((kljax.jensen_shannon, "beta"), (kljax.skew_forward_kl, "alpha")):
+        loss = lambda x, share, f=f, name=name: f(x, y, **{name: share})  # noqa: E731
+        assert_close(jax.grad(loss)(x, end), jax.grad(loss)(x, float(end)))
+    scaled = lambda x, b: kljax.jensen_shannon(x, y, beta=b, normalized=True)  # noqa: E731
+    assert_close(jax.grad(scaled)(x, end), jax.grad(scaled)(x, float(end)))

@@ -6,6 +6,7 @@ directly; the rest goes through chex and obeys `chex.disable_asserts`. Values ar
 """
 
 import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,6 +14,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.experimental.checkify import debug_check
 
 Shape = tuple[int, ...]
@@ -86,6 +88,12 @@ def require_scalar(caller: str, argument: str, x: Array) -> None:
     _require_real(x, message)
 
 
+def require_number(caller: str, argument: str, value: Any) -> Array:
+    value = to_array(caller, argument, value)
+    require_scalar(caller, argument, value)
+    return value
+
+
 def require_weights(caller: str, argument: str, weights: Array, batch: Shape) -> None:
     if weights.shape != batch:
         squeezed = tuple(n for n in weights.shape if n != 1) == tuple(n for n in batch if n != 1)
@@ -133,8 +141,7 @@ def require_fraction(caller: str, argument: str, value: Any) -> None:
     """A share in [0, 1]: ValueError when static, checkify when traced."""
     if _is_static(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
         fail(caller, argument, "in [0, 1]", f"{value}", "It is the share of one side in a mixture.")
-    require_scalar(caller, argument, to_array(caller, argument, value))
-    value = jnp.asarray(value)
+    value = require_number(caller, argument, value)
     message = f"{caller}: {argument} must be in [0, 1]; got {{value}}"
     debug_check((value >= 0) & (value <= 1), message, value=value)
 
@@ -142,9 +149,7 @@ def require_fraction(caller: str, argument: str, value: Any) -> None:
 def require_temperature(caller: str, temperature: Any) -> Array:
     if _is_static(temperature) and not np.all(np.asarray(temperature) > 0):
         fail(caller, "temperature", "positive", f"{temperature}", "Use None for no temperature.")
-    temperature = to_array(caller, "temperature", temperature)
-    require_scalar(caller, "temperature", temperature)
-    return temperature
+    return require_number(caller, "temperature", temperature)
 
 
 def require_layout(caller: str, shapes: dict[str, Shape], axis: int | Iterable[int]) -> Layout:
@@ -157,16 +162,23 @@ def require_layout(caller: str, shapes: dict[str, Shape], axis: int | Iterable[i
     return layout
 
 
-def require_contributions(caller: str, contributions: Array, shape: Shape) -> None:
+def require_contributions(caller: str, contributions: Any, shape: Shape) -> None:
     if getattr(contributions, "shape", None) != shape:
         got = f"{getattr(contributions, 'shape', type(contributions).__name__)}"
         remedy = "A term is elementwise: the library sums over the classes."
         fail(caller, "term", f"a function that returns shape {shape}", got, remedy)
+    message = _message(
+        caller, "term", "a function that returns floats", str(contributions.dtype), "Convert them."
+    )
+    _require_type(contributions, float, message)
 
 
 def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
     ndim = len(shape)
+    try:
+        given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
+    except TypeError:
+        fail(caller, "axis", "an int or several", repr(axis), "Count from 0, or back from -1.")
     if any(not -ndim <= a < ndim for a in given):
         fail(caller, "axis", f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0.")
     axes = tuple(sorted(a % ndim for a in given))
@@ -252,7 +264,8 @@ def check_distribution(
 
 def _are_probabilities(x: Array, counted: Array, axis: tuple[int, ...]) -> Array:
     inside = jnp.all(((x >= 0) & (x <= 1)) | ~counted)
-    return inside & (_off_from_one(x, counted, axis) < 1e-3) & jnp.any(counted)
+    several = jnp.any(jnp.sum(counted, axis=axis) > 1)  # a single class may well hold a 1
+    return inside & (_off_from_one(x, counted, axis) < 1e-3) & several
 
 
 def _off_from_one(probs: Array, counted: Array, axis: tuple[int, ...]) -> Array:
@@ -285,4 +298,7 @@ def is_static_zero(value: Any) -> bool:
 
 
 def _is_static(value: Any) -> bool:
+    """Whether the value can be read while tracing."""
+    if isinstance(value, Array):
+        return not isinstance(value, Tracer) and value.is_fully_addressable
     return isinstance(value, numbers.Real | np.ndarray)

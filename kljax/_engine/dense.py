@@ -13,7 +13,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
-from kljax._engine.representation import Kind, Operands, Spec, View, counted, to_input, view
+from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
 from kljax._engine.terms import weigh
 
 
@@ -33,8 +33,8 @@ def rows(spec: Spec, operands: Operands) -> Array:
 def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tuple[Array, Array]:
     (operands,), (dots,) = primals, tangents
     seen = view(spec, operands)
-    present = counted(spec, operands)
     values = rows(spec, operands._replace(scale=None))
+    present = _present_where(spec, operands, values)
     invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
 
     values_dot = _params_tangent(spec, seen, operands.params, dots.params, present)
@@ -58,7 +58,8 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
                 values_dot -= jnp.sum(along, axis=spec.axis)
         if _moves(x_dot):
             kind, x = spec.kinds[i], operands.inputs[i]
-            values_dot += jnp.sum(_along(kind, to_input(kind, slope, x), x_dot), axis=spec.axis)
+            along = _along(kind, to_input(kind, slope, x), _present(present, x_dot))
+            values_dot += jnp.sum(along, axis=spec.axis)
 
     if operands.scale is None:
         return values, values_dot
@@ -82,6 +83,7 @@ def _elements_jvp(
     values_dot = jnp.zeros_like(values)
     for i, (side, x_dot) in enumerate(zip(seen.sides, dots.inputs, strict=True)):
         kind, x = spec.kinds[i], operands.inputs[i]
+        x_dot = _present(operands.where, x_dot) if _moves(x_dot) else x_dot
         slope = _present(operands.where, _slope(spec, seen, operands.params, i))
         probs, along = jnp.exp(side.log_probs), jnp.zeros_like(values)
         if _moves(x_dot):
@@ -102,7 +104,7 @@ def _elements_jvp(
 def _term(spec: Spec, seen: View, params: tuple[Any, ...]) -> Array:
     contributions = spec.term(seen.log_probs, seen.log_ratio, params)
     checks.require_contributions("divergence", contributions, seen.log_ratio.shape)
-    return contributions
+    return contributions.astype(seen.log_ratio.dtype)
 
 
 def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
@@ -110,7 +112,7 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
 
     def along(log_probs: Array, log_ratio: Array) -> Array:
         both = (*seen.log_probs[:i], log_probs, *seen.log_probs[i + 1 :])
-        return spec.term(both, log_ratio, params)
+        return _term(spec, seen._replace(log_probs=both, log_ratio=log_ratio), params)
 
     ones = jnp.ones_like(seen.log_ratio)
     sign = 1 if i == 0 else -1
@@ -137,6 +139,17 @@ def _params_tangent(
     return jnp.sum(tangent, axis=spec.axis)
 
 
+def _present_where(spec: Spec, operands: Operands, values: Array) -> Array | None:
+    """The classes that exist, except in examples that weight 0 removes.
+
+    A finite value of weight 0 needs no removal, and its derivative is the mixed one to the weight.
+    """
+    if operands.scale is None:
+        return operands.where
+    kept = jnp.expand_dims((operands.scale != 0) | jnp.isfinite(values), spec.axis)
+    return kept if operands.where is None else operands.where & kept
+
+
 def _present(where: Array | None, values: Array) -> Array:
     """Select, never multiply: NaN where nothing exists has no effect."""
     return values if where is None else jnp.where(where, values, 0)
@@ -145,7 +158,7 @@ def _present(where: Array | None, values: Array) -> Array:
 def _along(kind: Kind, coefficient: Array, x_dot: Array) -> Array:
     """coefficient · x_dot, where the infinite one of a zero probability leaves a tangent of 0 be.
 
-    As two finite factors, for a derivative rule must be linear in the tangent: it cannot select.
+    As two finite factors: a rule must be linear in its tangent, so it cannot ask whether it is 0.
     """
     x_dot = x_dot.astype(coefficient.dtype)
     if kind != "probs":

@@ -75,14 +75,6 @@ def compute_dtype(inputs: tuple[Array, ...]) -> jnp.dtype:
     return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in inputs) else "float32")
 
 
-def counted(spec: Spec, operands: Operands) -> Array | None:
-    """The classes that exist, in the examples whose scale is not 0; None for all."""
-    if operands.scale is None:
-        return operands.where
-    live = jnp.expand_dims(operands.scale.astype(bool), spec.axis)
-    return live if operands.where is None else operands.where & live
-
-
 def view(spec: Spec, operands: Operands) -> View:
     """Read every side as log-probabilities, ready for a term."""
     shape = jnp.broadcast_shapes(*(x.shape for x in operands.inputs))
@@ -186,6 +178,8 @@ def _one_hot(
     shape: tuple[int, ...],
     dtype: jnp.dtype,
 ) -> Side:
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)  # the classes must not wrap around
     hit = lax.broadcasted_iota(labels.dtype, shape, axis[0]) == labels
     if where is None:
         is_class = jnp.any(hit, axis=axis)

@@ -42,10 +42,11 @@ def _weigh(weight: Array, value: Array) -> Array:
 @_weigh.defjvp
 def _weigh_jvp(primals, tangents):
     (weight, value), (weight_dot, value_dot) = primals, tangents
-    removed = weight == 0
-    # The derivative to a zero weight is the value itself, unless that value is what it removes.
-    seen = jnp.where(removed & ~jnp.isfinite(value), 0, value)
-    return _weigh(weight, value), seen * weight_dot + weight * jnp.where(removed, 0, value_dot)
+    # Where a zero weight removes a value that is not finite, nothing of it is left. Elsewhere the
+    # product's own derivatives hold, also mixed ones: weight 0 is a point like any other.
+    removed = (weight == 0) & ~jnp.isfinite(value)
+    seen, seen_dot = jnp.where(removed, 0, value), jnp.where(removed, 0, value_dot)
+    return _weigh(weight, value), seen * weight_dot + weight * seen_dot
 
 
 def term_kl(log_p: Array, log_q: Array, log_ratio: Array | None = None) -> Array:

@@ -1,0 +1,48 @@
+"""Meshes of both kinds of axes: sharded inputs give what whole ones give."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import kljax
+
+LABELS = np.arange(16) % 4
+WEIGHTS = np.arange(16, dtype=np.float32) % 3
+WHERE = np.array([True, True, True, False])
+
+CASES = {
+    "both sharded": lambda x, y, whole: kljax.forward_kl(x, y, reduction="mean"),
+    "a replicated teacher": lambda x, y, whole: kljax.reverse_kl(x, whole, reduction="mean"),
+    "a shared teacher": lambda x, y, whole: kljax.jensen_shannon(x, whole[0], reduction="mean"),
+    "mask, weights, temperature": lambda x, y, whole: kljax.forward_kl(
+        x, y, where=WHERE, weights=WEIGHTS, temperature=2.0, reduction="mean"
+    ),
+    "labels": lambda x, y, whole: kljax.cross_entropy(x, LABELS, reduction="sum"),
+    "distillation": lambda x, y, whole: kljax.distillation_loss(
+        x, whole, LABELS, hard_weight=0.5, temperature=2.0, weights=WEIGHTS
+    )[0],
+    "vmap": lambda x, y, whole: jax.vmap(kljax.forward_kl)(x, y).sum(),
+    "a term that captures": lambda x, y, whole: kljax.divergence(
+        lambda s, t: whole[0, 0] * kljax.term_kl(t, s)
+    )(x, y, reduction="mean"),
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradient_on_a_mesh(rng, case, axis_type):
+    """The batch over 8 devices, on axes that the compiler or that the user manages."""
+    whole_x, whole_y = (jnp.asarray(rng.normal(size=(16, 4)), jnp.float32) for _ in range(2))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    loss = jax.jit(jax.value_and_grad(CASES[case]))
+    want, want_gradient = loss(whole_x, whole_y, whole_y)
+    with jax.set_mesh(mesh):
+        x, y = (jax.device_put(z, sharding) for z in (whole_x, whole_y))
+        got, gradient = loss(x, y, whole_y)
+    assert_close(got, want)
+    assert_close(gradient, want_gradient)
+    assert gradient.sharding.is_equivalent_to(sharding, 2)
