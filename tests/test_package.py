@@ -109,6 +109,17 @@ def test_public_names_are_in_the_readme():
     assert not missing
 
 
+def test_the_readme_s_code_runs(capsys):
+    """Every Python block, in order, as a newcomer pastes them."""
+    readme = (ROOT.parent / "README.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert "predictions look like probabilities" in printed
+    assert "nan" not in printed
+
+
 def test_typed():
     """The types are published."""
     assert (ROOT / "py.typed").exists()
