@@ -79,8 +79,9 @@ def divergence(
     Zeros: -inf reaches the term and is its own to answer for; the exported pieces (`term_kl`,
     `term_cross_entropy`, `log_mixture`, …) do. Masked classes never reach it.
     Gradients: to both sides, to ``params`` and to arrays that the term captures, in every mode.
-    A term that captures anything but functions is not cached by the library's own ``jit``: call
-    its divergence inside yours. Globals that a term reads must not change, as under ``jit``.
+    Make a divergence once, for a new function is compiled anew. A term that captures anything but
+    functions is not cached by the library's own ``jit``: call its divergence inside yours.
+    Globals that a term reads must not change, as under ``jit``.
 
     Args:
         term: ``term(log_pred, log_target, *params)``, the contribution of each class.
