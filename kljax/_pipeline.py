@@ -1,6 +1,5 @@
 """The pipeline behind every divergence: representation → terms → sum → weights → reduction."""
 
-import functools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -243,8 +242,9 @@ def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
     live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
-    both = [mask for mask in (operands.where, live) if mask is not None]
-    counted = functools.reduce(jnp.logical_and, both) if both else None
+    counted = live if operands.where is None else operands.where
+    if live is not None and operands.where is not None:
+        counted = operands.where & live
     for argument, kind, x, bare in zip(
         plan.arguments, plan.spec.kinds, operands.inputs, plan.bare, strict=True
     ):
