@@ -51,7 +51,7 @@ def tangent(f: Callable[[Arrays], Any], arrays: Arrays, directions: Arrays) -> A
 
 def squared_hellinger(log_s: Any, log_t: Any, axis: oracle.Axis = -1) -> Array:
     """½ Σ (√s - √t)²: a divergence that the library does not have, for `kljax.divergence`."""
-    return 0.5 * ((np.exp(log_s / 2) - np.exp(log_t / 2)) ** 2).sum(axis)
+    return 0.5 * ((np.sqrt(np.exp(log_s)) - np.sqrt(np.exp(log_t))) ** 2).sum(axis)
 
 
 DIVERGENCES = oracle.DIVERGENCES | {"squared_hellinger": squared_hellinger}
