@@ -306,6 +306,7 @@ def _prepare(
         choice = dispatch.at_once(layout.batch)  # what it captures may be of the batch's size
     bare = tuple(side.bare for side in held)
     plan = Plan(name, arguments, spec, bare, layout, choice)
+    params = jax.tree.map(jnp.asarray, params)
     return plan, Given(tuple(side.value for side in held), where, temperature, params)
 
 

@@ -156,7 +156,7 @@ def distillation_loss(
         labels,
         where,
         temperature,
-        () if request is None else request.params,
+        () if request is None else jax.tree.map(jnp.asarray, request.params),
         weights,
         label_weights,
         normalizer,
@@ -311,21 +311,25 @@ def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
         for kind, x in zip(setup.kinds, batch.inputs, strict=True)
     )
     where = None if batch.where is None else layout.expand(batch.where)
-    inputs, where = _pipeline.share_sharding(inputs, where, layout)
+    labels = batch.labels
+    if labels is not None:
+        labels = jnp.expand_dims(labels, layout.axis)
+        inputs, where = _pipeline.share_sharding((*inputs, labels), where, layout)
+        *inputs, labels = inputs
+    else:
+        inputs, where = _pipeline.share_sharding(inputs, where, layout)
     temperature = batch.temperature
     if temperature is not None:
         temperature = temperature.astype(batch.weights.dtype)
-    operands = Operands(inputs, where, temperature, batch.params, None)
+    operands = Operands(tuple(inputs), where, temperature, batch.params, None)
     sides = ("predictions", "targets")
     _pipeline.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
-    labels = batch.labels
     if labels is not None:
         own = batch.weights if batch.label_weights is None else batch.label_weights
         checks.check_weights(_NAME, "label_weights", batch.label_weights)
-        labels = jnp.expand_dims(labels, layout.axis)
         live = jnp.expand_dims(own.astype(bool), layout.axis)
         checks.check_labels(_NAME, labels, live, layout.classes[0])
-    return batch._replace(inputs=inputs, where=where, temperature=temperature, labels=labels)
+    return batch._replace(inputs=tuple(inputs), where=where, temperature=temperature, labels=labels)
 
 
 def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
