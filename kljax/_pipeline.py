@@ -33,6 +33,7 @@ class Formula(NamedTuple):
     arguments: tuple[str, ...]
     term: Term
     normalized: Term | None = None  # serves where the library normalised every side
+    slope_sums: tuple[float | None, ...] = ()  # of `normalized`, as in Spec
 
 
 class Held(NamedTuple):
@@ -194,8 +195,10 @@ def _prepare(
     kinds, arrays, bare = (tuple(column) for column in zip(*held, strict=True))
 
     normalized = all(normalizes(kind, temperature) for kind in kinds)
-    term = formula.normalized if normalized and formula.normalized else formula.term
-    plan = Plan(name, arguments, Spec(term, kinds, layout.axis), bare, layout)
+    spec = Spec(formula.term, kinds, layout.axis)
+    if normalized and formula.normalized:
+        spec = spec._replace(term=formula.normalized, slope_sums=formula.slope_sums)
+    plan = Plan(name, arguments, spec, bare, layout)
     return plan, Given(arrays, where, temperature, params)
 
 

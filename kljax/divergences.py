@@ -107,12 +107,21 @@ def divergence(
     Source: the f-divergences of Csiszár and Shields, Information Theory and Statistics: A
     Tutorial (2004), section 4.
     """
+    return _divergence(term, normalized)
+
+
+def _divergence(
+    term: Callable[..., Array],
+    normalized: Callable[..., Array] | None,
+    slope_sums: tuple[float | None, ...] = (),
+) -> Divergence:
     name = getattr(term, "__name__", "divergence")
     formula = Formula(
         "divergence" if name == "<lambda>" else name,
         ("predictions", "targets"),
         lambda log_probs, _, params: term(*log_probs, *params),
         normalized and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, *params)),
+        slope_sums,
     )
 
     def compute(
@@ -127,11 +136,16 @@ def divergence(
     return _named_like(term, compute)
 
 
-def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Divergence:
+def _of_kl(
+    formula: Callable[..., Array],
+    *,
+    name: str | None = None,
+    slope_sums: tuple[float | None, ...] = (),
+) -> Divergence:
     """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, *params).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
-    library normalised.
+    library normalised; ``slope_sums`` are the latter's, as in Spec.
     """
 
     def textbook(s: Array, t: Array, *params: Array) -> Array:
@@ -144,7 +158,7 @@ def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Diverge
 
     textbook = _named_like(formula, textbook)
     textbook.__name__ = name or formula.__name__
-    return divergence(textbook, normalized=normalized)
+    return _divergence(textbook, normalized, slope_sums)
 
 
 def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -> Any:
@@ -155,7 +169,8 @@ def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -
     return wrapper
 
 
-@_of_kl
+# The slopes of D(p||q) sum to nothing over q, for they are q - p, and to D over p.
+@partial(_of_kl, slope_sums=(0, 1))
 def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Forward KL, D(targets‖predictions): the distillation loss; mass-covering.
 
@@ -207,7 +222,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio)
 
 
-@_of_kl
+@partial(_of_kl, slope_sums=(1, 0))
 def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
 
@@ -524,8 +539,9 @@ _KL = Formula(
     ("p", "q"),
     lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
     lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
+    slope_sums=(1, 0),
 )
-_KL_TERMS = _KL._replace(name="kl_terms", normalized=None)
+_KL_TERMS = _KL._replace(name="kl_terms", normalized=None, slope_sums=())
 _CROSS_ENTROPY = Formula(
     "cross_entropy",
     ("predictions", "targets"),

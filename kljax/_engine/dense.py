@@ -35,7 +35,6 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
     seen = view(spec, operands)
     values = rows(spec, operands._replace(scale=None))
     present = _present_where(spec, operands, values)
-    invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
 
     values_dot = _params_tangent(spec, seen, operands.params, dots.params, present)
     for i, (side, x_dot) in enumerate(zip(seen.sides, dots.inputs, strict=True)):
@@ -43,14 +42,27 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
         to_temperature = softmax is not None and _moves(dots.temperature)
         if not (_moves(x_dot) or to_temperature):
             continue
-        slope = _present(present, _slope(spec, seen, operands.params, i))
-        total = jnp.sum(slope, axis=spec.axis, keepdims=True)
-        if softmax is not None:
-            slope = slope - jnp.exp(side.log_probs) * total
-        # An infinite divergence has no derivative to the side with mass where the other has
-        # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
-        slope = jnp.where(invalid | ~jnp.isfinite(total), jnp.nan, slope)
-        slope = _present(present, slope)
+        slope = _slope(spec, seen, operands.params, i)
+        known = spec.slope_sums[i] if spec.slope_sums else None
+        there = present
+        if known == 0:
+            # No slope waits for a sum over the classes, so that one pass makes values and slopes.
+            # The slopes of a row are all finite or all NaN, as its softmaxes are.
+            there = _present_where(spec, operands, _log_masses(spec, seen))
+        else:
+            slope = _present(present, slope)
+            if known is None:
+                total = jnp.sum(slope, axis=spec.axis, keepdims=True)
+            else:
+                total = known * jnp.expand_dims(values, spec.axis)
+            # An infinite divergence has no derivative to the side with mass where the other has
+            # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
+            invalid = jnp.expand_dims(jnp.isnan(values), spec.axis) | ~jnp.isfinite(total)
+            if softmax is not None:
+                slope = slope - jnp.exp(side.log_probs) * jnp.where(invalid, jnp.nan, total)
+            else:
+                slope = slope + jnp.where(invalid, jnp.nan, 0)
+        slope = _present(there, slope)
         if softmax is not None and operands.temperature is not None:
             slope = slope / operands.temperature
             if to_temperature:
@@ -58,13 +70,16 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
                 values_dot -= jnp.sum(along, axis=spec.axis)
         if _moves(x_dot):
             kind, x = spec.kinds[i], operands.inputs[i]
-            along = _along(kind, to_input(kind, slope, x), _present(present, x_dot))
+            along = _along(kind, to_input(kind, slope, x), _present(there, x_dot))
             values_dot += jnp.sum(along, axis=spec.axis)
 
     if operands.scale is None:
         return values, values_dot
-    scale_dot = dots.scale if _moves(dots.scale) else jnp.zeros_like(operands.scale)
-    return jax.jvp(weigh, (operands.scale, values), (scale_dot, values_dot))
+    values_dot = operands.scale * values_dot
+    if _moves(dots.scale):
+        removed = (operands.scale == 0) & ~jnp.isfinite(values)
+        values_dot += jnp.where(removed, 0, values) * dots.scale
+    return weigh(operands.scale, values), values_dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -139,15 +154,21 @@ def _params_tangent(
     return jnp.sum(tangent, axis=spec.axis)
 
 
-def _present_where(spec: Spec, operands: Operands, values: Array) -> Array | None:
+def _present_where(spec: Spec, operands: Operands, rows: Array) -> Array | None:
     """The classes that exist, except in examples that weight 0 removes.
 
     A finite value of weight 0 needs no removal, and its derivative is the mixed one to the weight.
     """
     if operands.scale is None:
         return operands.where
-    kept = jnp.expand_dims((operands.scale != 0) | jnp.isfinite(values), spec.axis)
+    kept = jnp.expand_dims((operands.scale != 0) | jnp.isfinite(rows), spec.axis)
     return kept if operands.where is None else operands.where & kept
+
+
+def _log_masses(spec: Spec, seen: View) -> Array:
+    """One number per example, finite where every softmax is one."""
+    masses = (side.softmax.mass for side in seen.sides if side.softmax is not None)
+    return jnp.squeeze(sum(map(jnp.log, masses)), spec.axis)
 
 
 def _present(where: Array | None, values: Array) -> Array:

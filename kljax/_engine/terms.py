@@ -4,6 +4,7 @@ This is the only module that knows what 0 · log 0 and 0 · inf mean. A probabil
 log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and infinities alone.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -122,7 +123,9 @@ def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     close = jnp.abs(d) < _SERIES_BOUND
     near = p * _expm1_minus(jnp.where(close, d, 0))
-    return jnp.where(close, near, (q - p) + term_kl(log_p, log_q, d))
+    # p · d is -inf where only q = 0, even if p is too small for its dtype; 0 where p = 0.
+    infinite = jnp.where(jnp.isneginf(log_p), 0, d)
+    return jnp.where(close, near, (q - p) - jnp.where(jnp.isinf(d), infinite, p * d))
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -157,11 +160,11 @@ def _probability_difference_jvp(primals, tangents):
 
 def _expm1_minus(d: Array) -> Array:
     """exp(d) - 1 - d for |d| < 1/2, by its Taylor series to the last bit of the dtype."""
-    last = 17 if d.dtype == jnp.float64 else 10
-    total = jnp.ones_like(d)
-    for n in range(last, 2, -1):
-        total = 1 + total * d / n
-    return total * d * d / 2
+    last = 17 if d.dtype == jnp.float64 else 9
+    total = jnp.full_like(d, 1 / math.factorial(last))
+    for n in range(last - 1, 1, -1):
+        total = total * d + 1 / math.factorial(n)
+    return total * d * d
 
 
 def term_cross_entropy(log_p: Array, log_q: Array) -> Array:
