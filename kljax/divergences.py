@@ -29,6 +29,7 @@ from kljax._engine.terms import (
     term_cross_entropy,
     term_entropy,
     term_generalized_kl,
+    term_jensen_shannon,
     term_kl,
     weigh,
 )
@@ -316,7 +317,7 @@ def jensen_shannon(
 
 @partial(_of_kl, name="jensen_shannon")
 def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
-    return _mixed(kl, s, t, ratio, beta)
+    return term_jensen_shannon(t, s, beta, ratio)
 
 
 @partial(_of_kl, name="jensen_shannon")
@@ -324,18 +325,13 @@ def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: A
     """J / (β(1 - β)), and at the ends its limit, to first order in β."""
     at_end = (beta == 0) | (beta == 1)
     inside = jnp.where(at_end, 0.5, beta)
-    between = _mixed(kl, s, t, ratio, inside) / (inside * (1 - inside))
+    between = term_jensen_shannon(t, s, inside, ratio) / (inside * (1 - inside))
     s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
     forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
     excess = jnp.exp(t) - jnp.exp(s)
     from_0 = weigh(beta, forward - 0.5 * excess * jnp.expm1(-ratio))
     from_1 = weigh(1 - beta, reverse + 0.5 * excess * jnp.expm1(ratio))
     return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
-
-
-def _mixed(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
-    m, m_over_t, m_over_s = log_mixture(t, s, beta, ratio)
-    return weigh(beta, kl(t, m, m_over_t)) + weigh(1 - beta, kl(s, m, m_over_s))
 
 
 def skew_forward_kl(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
@@ -45,23 +45,23 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
         slope = _slope(spec, seen, operands.params, i)
         known = spec.slope_sums[i] if spec.slope_sums else None
         there = present
-        if known == 0:
-            # No slope waits for a sum over the classes, so that one pass makes values and slopes.
-            # The slopes of a row are all finite or all NaN, as its softmaxes are.
+        if known == 0:  # whether the slopes are numbers does not wait for the values
             there = _present_where(spec, operands, _log_masses(spec, seen))
+        slope = _present(there, slope)
+        if known is None:
+            total = jnp.sum(slope, axis=spec.axis, keepdims=True)
         else:
-            slope = _present(present, slope)
-            if known is None:
-                total = jnp.sum(slope, axis=spec.axis, keepdims=True)
-            else:
-                total = known * jnp.expand_dims(values, spec.axis)
+            total = jnp.zeros_like(values) if known == 0 else known * values
+            total = _refined(jnp.expand_dims(total, spec.axis), slope, spec.axis)
+        if known != 0:
             # An infinite divergence has no derivative to the side with mass where the other has
             # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
             invalid = jnp.expand_dims(jnp.isnan(values), spec.axis) | ~jnp.isfinite(total)
-            if softmax is not None:
-                slope = slope - jnp.exp(side.log_probs) * jnp.where(invalid, jnp.nan, total)
-            else:
-                slope = slope + jnp.where(invalid, jnp.nan, 0)
+            total = jnp.where(invalid, jnp.nan, total)
+        if softmax is not None:
+            slope = slope - jnp.exp(side.log_probs) * total
+        else:
+            slope = slope + jnp.where(jnp.isnan(total), total, 0)
         slope = _present(there, slope)
         if softmax is not None and operands.temperature is not None:
             slope = slope / operands.temperature
@@ -75,11 +75,13 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
 
     if operands.scale is None:
         return values, values_dot
-    values_dot = operands.scale * values_dot
+    # Known before the values: XLA would make it along with their sum, and the slopes wait for that.
+    scale = lax.optimization_barrier(operands.scale)
+    values_dot = scale * values_dot
     if _moves(dots.scale):
-        removed = (operands.scale == 0) & ~jnp.isfinite(values)
+        removed = (scale == 0) & ~jnp.isfinite(values)
         values_dot += jnp.where(removed, 0, values) * dots.scale
-    return weigh(operands.scale, values), values_dot
+    return weigh(scale, values), values_dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -132,6 +134,20 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
     ones = jnp.ones_like(seen.log_ratio)
     sign = 1 if i == 0 else -1
     return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
+
+
+def _refined(total: Array, slope: Array, axis: tuple[int, ...]) -> Array:
+    """The sum of the slopes as they were rounded, where one more pass over them costs little.
+
+    To take it off removes the rounding of the masses, which shows where both sides are close. As
+    the sum is known but for rounding, the difference is a constant to derivatives.
+    """
+    rounding = lax.platform_dependent(
+        *lax.stop_gradient((total, slope)),
+        cpu=lambda total, slope: jnp.sum(slope, axis=axis, keepdims=True) - total,
+        default=lambda total, slope: jnp.zeros_like(total),
+    )
+    return total + rounding
 
 
 def _params_tangent(
