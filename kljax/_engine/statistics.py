@@ -81,7 +81,9 @@ def _in_two_passes(
     peak = jnp.expand_dims(peak, axis).astype(dtype)
     scores = x.astype(dtype) - peak
     scores = scores if inverse is None else scores * inverse
-    return RowState(peak, jnp.sum(jnp.exp(scores), axis=axis, keepdims=True))
+    mass = jnp.sum(jnp.exp(scores), axis=axis, keepdims=True)
+    # Else XLA:CPU would store the scores for those who subtract the same peak again.
+    return lax.optimization_barrier(RowState(peak, mass))
 
 
 def _in_one_pass(
