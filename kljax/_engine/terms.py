@@ -9,14 +9,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 # Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
 _SERIES_BOUND = 0.5
 
 # Above minus this log(1 + z) is summed as a series, which is exact to the last bit near 0.
-_LOG1P_BOUND = 0.4
+_LOG1P_BOUND = 0.25
 
 
 def log_difference(log_a: Array, log_b: Array) -> Array:
@@ -40,7 +40,7 @@ def weigh(weight: Array, value: Array) -> Array:
 
 @jax.custom_jvp
 def _weigh(weight: Array, value: Array) -> Array:
-    return jnp.where(weight == 0, 0, jnp.where(weight == 0, 0, value) * weight)
+    return jnp.where(weight == 0, 0, value * weight)
 
 
 @_weigh.defjvp
@@ -123,15 +123,13 @@ def term_generalized_kl(log_p: Array, log_q: Array, log_ratio: Array | None = No
 
 @jax.custom_jvp
 def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
-    return _generalized(jnp.exp(log_p), jnp.exp(log_q), d, log_p)
+    return _generalized(jnp.exp(log_p), jnp.exp(log_q), d)
 
 
-def _generalized(p: Array, q: Array, d: Array, log_p: Array) -> Array:
-    close = jnp.abs(d) < _SERIES_BOUND
-    near = p * _expm1_minus(jnp.where(close, d, 0))
-    # p · d is -inf where only q = 0, even if p is too small for its dtype; 0 where p = 0.
-    infinite = jnp.where(jnp.isneginf(log_p), 0, d)
-    return jnp.where(close, near, (q - p) - jnp.where(jnp.isinf(d), infinite, p * d))
+def _generalized(p: Array, q: Array, d: Array) -> Array:
+    # d is -inf where only q = 0, even if p is too small for its dtype, and inf where only p = 0.
+    product = jnp.where(jnp.isinf(d), jnp.minimum(d, 0), p * d)
+    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * _expm1_minus(d), (q - p) - product)
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -150,10 +148,8 @@ def _generalized_kl_jvp(primals, tangents):
 @jax.custom_jvp
 def _probability_difference(log_p: Array, log_q: Array, d: Array) -> Array:
     """q - p, without cancellation where the two are close."""
-    close = jnp.abs(d) < _SERIES_BOUND
-    near = jnp.where(close, d, 0)
-    difference = jnp.exp(log_q) - jnp.exp(log_p)
-    return jnp.where(close, jnp.exp(log_p) * (near + _expm1_minus(near)), difference)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * (d + _expm1_minus(d)), q - p)
 
 
 @_probability_difference.defjvp
@@ -232,8 +228,7 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 
     Textbook and generalised KL terms give the same, for q - p cancels between the two.
     """
-    weight = jnp.asarray(weight, log_ratio.dtype)
-    return _jensen_shannon(*jnp.broadcast_arrays(log_a, log_b, weight, log_ratio))
+    return _jensen_shannon(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
 
 
 @jax.custom_jvp
@@ -266,7 +261,7 @@ def _to_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, 
     over_a, over_b = _log_over(w, r)
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     m = w * a + (1 - w) * b
-    return _generalized(a, m, over_a, log_a), _generalized(b, m, over_b, log_b)
+    return _generalized(a, m, over_a), _generalized(b, m, over_b)
 
 
 def log_mixture(
@@ -305,10 +300,10 @@ def log_mixture(
     """
     if log_ratio is None:
         log_ratio = log_difference(log_b, log_a)
-    log_m, over_a, over_b = _log_mixture(
-        *jnp.broadcast_arrays(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
-    )
-    return log_m, over_a, over_b
+    weight = jnp.asarray(weight, log_ratio.dtype)
+    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (log_a, log_b, weight, log_ratio)))
+    log_a, log_b, log_ratio = (jnp.broadcast_to(x, shape) for x in (log_a, log_b, log_ratio))
+    return _log_mixture(log_a, log_b, weight, log_ratio)
 
 
 @jax.custom_jvp
@@ -338,20 +333,23 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
     w_big, w_small = jnp.where(a_is_big, w, 1 - w), jnp.where(a_is_big, 1 - w, w)
     x = -jnp.abs(r)
     exp_x = jnp.exp(x)
-    close = jnp.where(x > -_SERIES_BOUND, x, 0)
-    z = w_small * jnp.where(x > -_SERIES_BOUND, close + _expm1_minus(close), exp_x - 1)
+    z = w_small * jnp.where(x > -_SERIES_BOUND, x + _expm1_minus(x), exp_x - 1)
     # All mass on the small side: exp(x) may be too small for its dtype, x is not.
-    over_big = jnp.maximum(jnp.log(w_big + w_small * exp_x), jnp.log(w_small) + x)
-    over_big = jnp.where(z > -_LOG1P_BOUND, _log1p(jnp.maximum(z, -_LOG1P_BOUND)), over_big)
+    far = jnp.where(w_big == 0, x, jnp.log(w_big + w_small * exp_x))
+    over_big = _stored(jnp.where(z > -_LOG1P_BOUND, _log1p(z), far))
     over_small = jnp.where(jnp.isneginf(over_big), 0, over_big - x)  # log 0 - log 0
     return jnp.where(a_is_big, over_big, over_small), jnp.where(a_is_big, over_small, over_big)
 
 
+def _stored(x: Array) -> Array:
+    """x, which a CPU had better store than compute once for each use."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def _log1p(z: Array) -> Array:
-    """log(1 + z) for -0.4 <= z <= 0, by the series of 2 artanh(z / (2 + z))."""
-    last = 27 if z.dtype == jnp.float64 else 11
-    s = z / (2 + z)
-    square, total = s * s, jnp.full_like(z, 2 / last)
-    for n in range(last - 2, 0, -2):
-        total = total * square + 2 / n
-    return s * total
+    """log(1 + z) for -1/4 < z <= 0, by its Taylor series to the last bit of the dtype."""
+    last = 27 if z.dtype == jnp.float64 else 12
+    total = jnp.full_like(z, 1 / last)
+    for n in range(last - 1, 0, -1):
+        total = 1 / n - total * z
+    return total * z
