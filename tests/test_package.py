@@ -35,6 +35,7 @@ ORDER = [
     "kljax._engine.linear",
     "kljax._engine.blocks",
     "kljax._engine.representation",
+    "kljax._engine.statistics",
     "kljax._engine.checks",
     "kljax._engine.terms",
     "kljax._engine",
