@@ -109,7 +109,7 @@ def _run(
     spec, layout = plan.spec, plan.layout
     operands = _assemble(plan, given, weights)
     if not closures.is_pure(spec.term):
-        spec, operands = closures.hoist(spec, operands)
+        spec, operands = closures.hoist(spec, operands, layout.batch_axes, plan.choice)
     dtype = compute_dtype(operands.inputs)
     scale = reductions.example_scale(layout.batch, dtype, weights, reduction, normalizer, axis_name)
     operands = operands._replace(scale=scale)
@@ -213,16 +213,16 @@ def read_layout(
         for argument, side in zip(arguments, held, strict=True)
         if side.kind not in ("labels", "top_k")
     }
-    if not shapes:  # a top-k alone
-        shapes = {arguments[0]: held[0].value.log_probs.shape}
+    for argument, side in zip(arguments, held, strict=True):
+        if side.kind == "top_k":  # of the predictions' classes
+            (whole,) = shapes.values()
+            shapes[argument] = (*side.value.log_probs.shape[:-1], *whole[-1:])
     layout = checks.require_layout(name, shapes, axis)
     for argument, side in zip(arguments, held, strict=True):
         if side.kind == "labels":
             checks.require_labels(name, side.value, layout)
         if side.kind in ("head", "top_k"):
             checks.require_classes_last(name, argument, layout)
-        if side.kind == "top_k":
-            checks.require_top_k_fits(name, argument, side.value.log_probs.shape, layout)
     return layout
 
 
@@ -300,8 +300,7 @@ def _prepare(
 ) -> tuple[Plan, Given]:
     name, arguments = formula.name, formula.arguments
     held = tuple(read(name, a, d) for a, d in zip(arguments, distributions, strict=True))
-    for argument, side in zip(arguments[:-1], held[:-1], strict=True):
-        checks.require_no_top_k(name, argument, side.kind)
+    checks.require_no_top_k(name, arguments[0], held[0].kind)
     layout = read_layout(name, arguments, held, axis)
     where, temperature = read_options(name, layout, where, temperature, held)
     spec = choose_spec(formula, held, temperature, layout.axis)

@@ -231,8 +231,9 @@ def _distill(
     soft = Operands(batch.inputs, batch.where, batch.temperature, batch.params, soft_scale)
     spec, plain_spec, plain = setup.soft, setup.plain, None
     if spec is not None and plain_spec is not None and not closures.is_pure(spec.term):
-        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None))
-        spec, soft = closures.hoist(spec, soft)
+        cut = setup.layout.batch_axes, setup.choice
+        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None), *cut)
+        spec, soft = closures.hoist(spec, soft, *cut)
     examples = _Examples(soft, plain, batch.labels, hard_scale)
     run = Run(
         partial(_each_example, setup, spec, plain_spec),

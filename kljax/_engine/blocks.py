@@ -77,6 +77,13 @@ def exactly(batch: tuple[int, ...], rows: int) -> Blocks:
     return Blocks(batch, tuple(extents))
 
 
+def block_shapes(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> set[tuple[int, ...]]:
+    """The shapes that the blocks of an array have, and that of the rest."""
+    ks = [0] if blocks.rest is None else [0, None]
+    cuts = (_split(blocks, shape, axes, k) for k in ks)
+    return {_squeeze(full, size, shape) for full, _, size in cuts}
+
+
 def sweep(
     blocks: Blocks,
     leaves: Sequence[Array],
@@ -171,7 +178,7 @@ def _split(
             full, start, size = [*full, extent, count], [*start, 0, 0], [*size, extent, count]
         else:
             full, start, size = [*full, extent, count], [*start, 0, number[i]], [*size, extent, 1]
-    return tuple(full), start, tuple(size)
+    return tuple(full), [jnp.asarray(at, jnp.int32) for at in start], tuple(size)
 
 
 def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:

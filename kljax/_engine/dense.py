@@ -13,7 +13,15 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
-from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
+from kljax._engine.representation import (
+    ABSENT,
+    Kind,
+    Operands,
+    Spec,
+    View,
+    to_input,
+    view,
+)
 from kljax._engine.terms import weigh
 
 
@@ -158,6 +166,10 @@ def _params_tangent(
     moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
     if not moving:
         return jnp.zeros_like(jnp.sum(seen.log_ratio, axis=spec.axis))
+
+    if present is not None:  # before the term: 0 · NaN in its transpose would be NaN
+        hidden = tuple(jnp.where(present, x, ABSENT) for x in seen.log_probs)
+        seen = View(seen.sides, hidden, jnp.where(present, seen.log_ratio, 0))
 
     def along(*moved: Array) -> Array:
         whole = list(leaves)

@@ -21,7 +21,7 @@ Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
 
 # What a term is shown at a class that does not exist; its answer there is dropped.
-_ABSENT = math.log(0.5)
+ABSENT = math.log(0.5)
 
 # Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
 _NEAR_PEAKS = 16
@@ -97,7 +97,7 @@ def view(spec: Spec, operands: Operands) -> View:
     ratio = _log_ratio(sides, operands.temperature)
     log_probs = tuple(side.log_probs for side in sides)
     if operands.where is not None:
-        log_probs = tuple(jnp.where(operands.where, x, _ABSENT) for x in log_probs)
+        log_probs = tuple(jnp.where(operands.where, x, ABSENT) for x in log_probs)
         ratio = jnp.where(operands.where, ratio, 0)
     full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
     return View(sides, tuple(full[:-1]), full[-1])
