@@ -3,14 +3,17 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
+from kljax._engine.dispatch import Chunked as Chunked
 from kljax._engine.terms import log_mixture as log_mixture
 from kljax._engine.terms import term_cross_entropy as term_cross_entropy
 from kljax._engine.terms import term_entropy as term_entropy
 from kljax._engine.terms import term_generalized_kl as term_generalized_kl
 from kljax._engine.terms import term_kl as term_kl
+from kljax.distributions import Head as Head
 from kljax.distributions import Logits as Logits
 from kljax.distributions import LogProbs as LogProbs
 from kljax.distributions import Probs as Probs
+from kljax.distributions import TopK as TopK
 from kljax.divergences import cross_entropy as cross_entropy
 from kljax.divergences import divergence as divergence
 from kljax.divergences import entropy as entropy
@@ -25,6 +28,8 @@ from kljax.divergences import skew_reverse_kl as skew_reverse_kl
 from kljax.objectives import DistillationMetrics as DistillationMetrics
 from kljax.objectives import distillation_loss as distillation_loss
 from kljax.reduction import reduce as reduce
+from kljax.sparse import sample_targets as sample_targets
+from kljax.sparse import top_k as top_k
 
 try:
     __version__ = _version("kljax")

@@ -1,8 +1,10 @@
 """The pipeline behind every divergence: representation → terms → sum → weights → reduction."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,11 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from kljax import reduction as reductions
-from kljax._engine import checks, closures, dense, dispatch
+from kljax._engine import checks, closures, dense, dispatch, rowwise
+from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
-from kljax._engine.dispatch import Implementation
+from kljax._engine.dispatch import Choice, Implementation
+from kljax._engine.head import HeadInput
 from kljax._engine.representation import (
     Kind,
     Operands,
@@ -22,8 +26,12 @@ from kljax._engine.representation import (
     compute_dtype,
     normalizes,
 )
-from kljax.distributions import Distribution, Logits, LogProbs, Probs
+from kljax._engine.rowwise import Run
+from kljax._engine.top_k import Tail, TopKInput, coarsen
+from kljax.distributions import Distribution, Head, Logits, LogProbs, Probs, TopK
 from kljax.reduction import AxisName, Reduction
+
+Input = Array | HeadInput | TopKInput
 
 
 class Formula(NamedTuple):
@@ -39,8 +47,9 @@ class Held(NamedTuple):
     """A distribution, unpacked."""
 
     kind: Kind
-    array: Array
+    value: Input
     bare: bool = False  # the user did not say what it is
+    temperature: ArrayLike | None = None  # what a top-k was taken at
 
 
 class Plan(NamedTuple):
@@ -51,12 +60,13 @@ class Plan(NamedTuple):
     spec: Spec
     bare: tuple[bool, ...]
     layout: Layout
+    choice: Choice
 
 
 class Given(NamedTuple):
     """All that is traced, as the user gave it."""
 
-    arrays: tuple[Array, ...]
+    inputs: tuple[Input, ...]
     where: Array | None
     temperature: Array | None
     params: tuple[Any, ...]
@@ -77,36 +87,57 @@ def evaluate(
     implementation: Implementation | None = None,
 ) -> Array:
     """One value per example, or one number: check everything that is static, then run."""
-    plan, given = _prepare(formula, distributions, term_params, axis, where, temperature)
+    plan, given = _prepare(
+        formula, distributions, term_params, axis, where, temperature, implementation
+    )
     weights, normalizer = reductions.prepare(
         formula.name, plan.layout.batch, weights, reduction, normalizer, axis_name
     )
-    implementation = dispatch.choose(formula.name, implementation)
     run = _run_jitted if closures.is_pure(plan.spec.term) else _run
-    return run(plan, implementation, reduction, axis_name, given, weights, normalizer)
+    return run(plan, reduction, axis_name, given, weights, normalizer)
 
 
 def _run(
     plan: Plan,
-    implementation: Implementation,
     reduction: Reduction,
     axis_name: AxisName | None,
     given: Given,
     weights: Array | None,
     normalizer: Array | None,
 ) -> Array:
-    spec, operands = plan.spec, _assemble(plan, given, weights)
+    spec, layout = plan.spec, plan.layout
+    operands = _assemble(plan, given, weights)
     if not closures.is_pure(spec.term):
         spec, operands = closures.hoist(spec, operands)
     dtype = compute_dtype(operands.inputs)
-    scale = reductions.example_scale(
-        plan.layout.batch, dtype, weights, reduction, normalizer, axis_name
+    scale = reductions.example_scale(layout.batch, dtype, weights, reduction, normalizer, axis_name)
+    operands = operands._replace(scale=scale)
+    run = Run(
+        partial(_each_example, spec),
+        layout.batch,
+        jax.tree.structure(operands),
+        batch_axes(layout, operands),
+        *plan.choice,
     )
-    values = dispatch.rows(implementation)(spec, operands._replace(scale=scale))
-    return reductions.total(values, reduction, axis_name)
+    compute = rowwise.values if reduction == "none" else rowwise.total
+    return reductions.total(compute(run, operands)[0], reduction, axis_name)
 
 
-_run_jitted = jax.jit(_run, static_argnums=(0, 1, 2, 3))
+_run_jitted = jax.jit(_run, static_argnums=(0, 1, 2))
+
+
+def _each_example(spec: Spec, operands: Operands) -> tuple[Array, tuple[()]]:
+    return example_values(spec, operands), ()
+
+
+def example_values(spec: Spec, operands: Operands) -> Array:
+    """One value per example, from sides whose heads are logits by now."""
+    return dense.rows(*coarsen(_projected(spec), operands))
+
+
+def _projected(spec: Spec) -> Spec:
+    kinds = tuple("logits" if kind == "head" else kind for kind in spec.kinds)
+    return spec._replace(kinds=kinds)
 
 
 def evaluate_elements(
@@ -118,7 +149,9 @@ def evaluate_elements(
     temperature: ArrayLike | None,
 ) -> Array:
     """One value per class: the pipeline without the sum and all that follows."""
-    plan, given = _prepare(formula, distributions, (), axis, where, temperature)
+    plan, given = _prepare(formula, distributions, (), axis, where, temperature, "dense")
+    for argument, kind in zip(plan.arguments, plan.spec.kinds, strict=True):
+        checks.require_arrays(formula.name, argument, kind)
     return _run_elements(plan, given)
 
 
@@ -129,54 +162,125 @@ def _run_elements(plan: Plan, given: Given) -> Array:
 
 def read(name: str, argument: str, value: Any) -> Held:
     """What an argument holds; a bare array holds logits."""
+    array = partial(checks.to_array, name)
     match value:
         case Held():
             return value
+        case Head():
+            return Held("head", _read_head(name, argument, value))
+        case TopK(indices, log_probs, log_tail, temperature, tail):
+            checks.require_choice(name, f"{argument}.tail", tail, get_args(Tail))
+            given = TopKInput(
+                array(f"{argument}.indices", indices),
+                array(f"{argument}.log_probs", log_probs),
+                None if log_tail is None else array(f"{argument}.log_tail", log_tail),
+                tail,
+            )
+            checks.require_top_k(name, argument, given.indices, given.log_probs, given.log_tail)
+            return Held("top_k", given, temperature=temperature)
         case Logits(logits=x):
-            held = Held("logits", checks.to_array(name, argument, x))
+            held = Held("logits", array(argument, x))
         case LogProbs(log_probs=x):
-            held = Held("log_probs", checks.to_array(name, argument, x))
+            held = Held("log_probs", array(argument, x))
         case Probs(probs=x):
-            held = Held("probs", checks.to_array(name, argument, x))
+            held = Held("probs", array(argument, x))
         case _:
-            held = Held("logits", checks.to_array(name, argument, value), bare=True)
-    checks.require_float(name, argument, held.array)
+            held = Held("logits", array(argument, value), bare=True)
+    checks.require_float(name, argument, held.value)
     return held
 
 
-def restore(held: Held, layout: Layout) -> Array | Distribution:
-    """The argument again: an array, and as large as the batch that shares it."""
-    array = jnp.broadcast_to(layout.expand(held.array), layout.shape)
-    types = {"logits": Logits, "log_probs": LogProbs, "probs": Probs}
-    return array if held.bare else types[held.kind](array)
+def _read_head(name: str, argument: str, head: Head) -> HeadInput:
+    parts = {
+        part: checks.to_array(name, f"{argument}.{part}", getattr(head, part))
+        for part in ("hidden", "kernel", "bias", "scale")
+        if getattr(head, part) is not None
+    }
+    checks.require_head(name, argument, parts, head.softcap)
+    softcap = None if head.softcap is None else float(head.softcap)
+    return HeadInput(
+        parts["hidden"], parts["kernel"], parts.get("bias"), parts.get("scale"), None, softcap
+    )
 
 
 def read_layout(
     name: str, arguments: tuple[str, ...], held: tuple[Held, ...], axis: int | Iterable[int]
 ) -> Layout:
-    """Where batch and classes lie, from the sides that have classes; labels then fit or raise."""
+    """Where batch and classes lie, from the sides that have classes; the others fit or raise."""
     shapes = {
-        argument: side.array.shape
+        argument: _shape(side)
         for argument, side in zip(arguments, held, strict=True)
-        if side.kind != "labels"
+        if side.kind not in ("labels", "top_k")
     }
+    if not shapes:  # a top-k alone
+        shapes = {arguments[0]: held[0].value.log_probs.shape}
     layout = checks.require_layout(name, shapes, axis)
-    for side in held:
+    for argument, side in zip(arguments, held, strict=True):
         if side.kind == "labels":
-            checks.require_labels(name, side.array, layout)
+            checks.require_labels(name, side.value, layout)
+        if side.kind in ("head", "top_k"):
+            checks.require_classes_last(name, argument, layout)
+        if side.kind == "top_k":
+            checks.require_top_k_fits(name, argument, side.value.log_probs.shape, layout)
     return layout
 
 
+def _shape(side: Held) -> tuple[int, ...]:
+    value = side.value
+    if isinstance(value, HeadInput):
+        return (*value.hidden.shape[:-1], value.kernel.shape[-1])
+    return value.shape
+
+
 def read_options(
-    name: str, layout: Layout, where: ArrayLike | None, temperature: ArrayLike | None
+    name: str,
+    layout: Layout,
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+    held: tuple[Held, ...],
 ) -> tuple[Array | None, Array | None]:
     """The options that change the distributions, as arrays."""
+    for side in held:
+        if side.kind == "top_k":
+            checks.require_same_temperature(name, side.temperature, temperature)
     if where is not None:
         where = checks.to_array(name, "where", where)
         checks.require_where(name, where, layout)
     if temperature is not None:
         temperature = checks.require_temperature(name, temperature)
     return where, temperature
+
+
+def choose_term(formula: Formula, held: tuple[Held, ...], temperature: Array | None) -> Term:
+    """The term that serves these sides: the non-negative one where all are normalised here."""
+    for side in held:
+        if side.kind == "top_k":
+            checks.require_tail(formula.name, side.value.tail)
+    normalized = all(
+        side.value.tail != "truncate"
+        if isinstance(side.value, TopKInput)
+        else normalizes(side.kind, temperature)
+        for side in held
+    )
+    return formula.normalized if normalized and formula.normalized else formula.term
+
+
+def choose_blocks(
+    name: str, layout: Layout, held: tuple[Held, ...], implementation: Implementation | None
+) -> Choice:
+    return dispatch.choose(
+        name,
+        implementation,
+        layout.batch,
+        math.prod(layout.classes),
+        made_in_blocks=any(side.kind in ("head", "top_k") for side in held),
+        explicit_mesh=any(_on_explicit_mesh(side.value) for side in held),
+    )
+
+
+def _on_explicit_mesh(value: Input) -> bool:
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(value))
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 def _prepare(
@@ -186,46 +290,102 @@ def _prepare(
     axis: int | Iterable[int],
     where: ArrayLike | None,
     temperature: ArrayLike | None,
+    implementation: Implementation | None,
 ) -> tuple[Plan, Given]:
     name, arguments = formula.name, formula.arguments
     held = tuple(read(name, a, d) for a, d in zip(arguments, distributions, strict=True))
+    for argument, side in zip(arguments[:-1], held[:-1], strict=True):
+        checks.require_no_top_k(name, argument, side.kind)
     layout = read_layout(name, arguments, held, axis)
-    where, temperature = read_options(name, layout, where, temperature)
-    kinds, arrays, bare = (tuple(column) for column in zip(*held, strict=True))
+    where, temperature = read_options(name, layout, where, temperature, held)
+    spec = Spec(
+        choose_term(formula, held, temperature), tuple(side.kind for side in held), layout.axis
+    )
+    choice = choose_blocks(name, layout, held, implementation)
+    if not closures.is_pure(spec.term) and implementation is None and _holds_arrays(held):
+        choice = dispatch.at_once(layout.batch)  # what it captures may be of the batch's size
+    bare = tuple(side.bare for side in held)
+    plan = Plan(name, arguments, spec, bare, layout, choice)
+    return plan, Given(tuple(side.value for side in held), where, temperature, params)
 
-    normalized = all(normalizes(kind, temperature) for kind in kinds)
-    term = formula.normalized if normalized and formula.normalized else formula.term
-    plan = Plan(name, arguments, Spec(term, kinds, layout.axis), bare, layout)
-    return plan, Given(arrays, where, temperature, params)
+
+def _holds_arrays(held: tuple[Held, ...]) -> bool:
+    return all(side.kind not in ("head", "top_k") for side in held)
 
 
 def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
     """Everything on the axes of the whole input, with its values checked."""
     layout, kinds = plan.layout, plan.spec.kinds
     inputs = tuple(
-        jnp.expand_dims(x, layout.axis) if kind == "labels" else layout.expand(x)
-        for kind, x in zip(kinds, given.arrays, strict=True)
+        expand(layout, kind, x, weights) for kind, x in zip(kinds, given.inputs, strict=True)
     )
     where = None if given.where is None else layout.expand(given.where)
-    inputs, where = _share_sharding(inputs, where, layout)
+    inputs, where = share_sharding(inputs, where, layout)
     temperature = given.temperature
     if temperature is not None:
         temperature = temperature.astype(compute_dtype(inputs))
     operands = Operands(inputs, where, temperature, given.params, None)
-    _check_values(plan, operands, weights)
+    check_values(plan.name, plan.arguments, kinds, plan.bare, layout, operands, weights)
     return operands
 
 
-def _share_sharding(
-    inputs: tuple[Array, ...], where: Array | None, layout: Layout
-) -> tuple[tuple[Array, ...], Array | None]:
+def expand(layout: Layout, kind: Kind, x: Input, weights: Array | None) -> Input:
+    """A side on the axes of the whole input; axes that it lacks have the size 1."""
+    if isinstance(x, HeadInput | TopKInput):
+        rank = len(layout.batch)
+        lead = lambda z: z.reshape((1,) * (rank + 1 - z.ndim) + z.shape)  # noqa: E731
+        if isinstance(x, HeadInput):
+            shared = x.hidden.ndim <= rank
+            live = None if weights is None or shared else weights.astype(bool)
+            return replace(x, hidden=lead(x.hidden), live=live)
+        tail = x.log_tail
+        if tail is not None and tail.ndim < rank:
+            tail = tail.reshape((1,) * rank)
+        return replace(x, indices=lead(x.indices), log_probs=lead(x.log_probs), log_tail=tail)
+    return jnp.expand_dims(x, layout.axis) if kind == "labels" else layout.expand(x)
+
+
+def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:
+    """Where each leaf of the operands has its batch axes."""
+    leading = tuple(range(len(layout.batch)))
+
+    def of(x: Any) -> Any:
+        if isinstance(x, HeadInput):
+            live = None if x.live is None else leading
+            none = lambda z: None if z is None else ()  # noqa: E731
+            return replace(
+                x, hidden=leading, kernel=(), bias=none(x.bias), scale=none(x.scale), live=live
+            )
+        if isinstance(x, TopKInput):
+            return jax.tree.map(lambda _: leading, x)
+        return layout.batch_axes
+
+    mine = operands._replace(
+        inputs=tuple(map(of, operands.inputs)),
+        where=None if operands.where is None else layout.batch_axes,
+        temperature=None if operands.temperature is None else (),
+        params=jax.tree.map(lambda _: (), operands.params),
+        scale=None if operands.scale is None else leading,
+    )
+    is_axes = lambda x: isinstance(x, tuple) and all(isinstance(i, int) for i in x)  # noqa: E731
+    axes = jax.tree.structure(operands).flatten_up_to(mine)
+    assert all(map(is_axes, axes))
+    return tuple(a or None if layout.batch else None for a in axes)
+
+
+def share_sharding(
+    inputs: tuple[Input, ...], where: Array | None, layout: Layout
+) -> tuple[tuple[Input, ...], Array | None]:
     """On a mesh of explicit axes a select demands that its operands are spread alike."""
-    specs = (jax.typeof(x).sharding.spec for x in inputs if x.shape == layout.shape)
+    arrays = [x for x in inputs if isinstance(x, Array)]
+    specs = (jax.typeof(x).sharding.spec for x in arrays if x.shape == layout.shape)
     spec = next((spec for spec in specs if any(spec)), None)
     if spec is None:
         return inputs, where
 
-    def spread(x: Array) -> Array:
+    def spread(x: Any) -> Any:
+        if not isinstance(x, Array):
+            return x
         if jnp.issubdtype(x.dtype, jnp.integer):  # labels have no classes to spread over
             return jax.sharding.reshard(
                 x, PartitionSpec(*(None if i in layout.axis else n for i, n in enumerate(spec)))
@@ -235,9 +395,17 @@ def _share_sharding(
     return tuple(map(spread, inputs)), None if where is None else spread(where)
 
 
-def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None:
-    name, layout = plan.name, plan.layout
-    if AxisType.Explicit in jax.typeof(operands.inputs[0]).sharding.mesh.axis_types:
+def check_values(
+    name: str,
+    arguments: tuple[str, ...],
+    kinds: tuple[Kind, ...],
+    bare: tuple[bool, ...],
+    layout: Layout,
+    operands: Operands,
+    weights: Array | None,
+) -> None:
+    """Report values that cannot be what their type says, under checkify."""
+    if any(map(_on_explicit_mesh, operands.inputs)):
         return  # checkify's checks cannot be mapped over such an axis
     checks.check_weights(name, "weights", weights)
     checks.check_temperature(name, operands.temperature)
@@ -245,14 +413,23 @@ def _check_values(plan: Plan, operands: Operands, weights: Array | None) -> None
     counted = live if operands.where is None else operands.where
     if live is not None and operands.where is not None:
         counted = operands.where & live
-    for argument, kind, x, bare in zip(
-        plan.arguments, plan.spec.kinds, operands.inputs, plan.bare, strict=True
-    ):
+    for argument, kind, x, is_bare in zip(arguments, kinds, operands.inputs, bare, strict=True):
+        if kind == "head":
+            continue  # its logits are never held as a whole
         if kind == "labels":
             checks.check_labels(name, x, live, layout.classes[0])
+            continue
+        if kind == "top_k":
+            checks.check_top_k(f"{name}: {argument}", x.indices, x.log_probs, live, layout)
             continue
         whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any example does
         at_its_word = not normalizes(kind, operands.temperature)
         checks.check_distribution(
-            f"{name}: {argument}", kind, whole, counted, layout.axis, bare=bare, exact=at_its_word
+            f"{name}: {argument}",
+            kind,
+            whole,
+            counted,
+            layout.axis,
+            bare=is_bare,
+            exact=at_its_word,
         )

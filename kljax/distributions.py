@@ -5,18 +5,28 @@ from dataclasses import dataclass, fields
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
+from kljax._engine.top_k import Tail
+
+_STATIC = ("softcap", "tail")
+
 
 def _pytree(cls: type) -> type:
-    """Register a class of one array.
+    """Register a class of arrays and static options.
 
     Not with `register_dataclass`: the tree structures of two such classes compare equal, and a
     trace of one would serve the other.
     """
-    (field,) = fields(cls)
+    names = [field.name for field in fields(cls)]
+    leaves, static = [n for n in names if n not in _STATIC], [n for n in names if n in _STATIC]
     register_pytree_with_keys(
         cls,
-        lambda side: (((GetAttrKey(field.name), getattr(side, field.name)),), None),
-        lambda _, children: cls(*children),
+        lambda side: (
+            [(GetAttrKey(name), getattr(side, name)) for name in leaves],
+            tuple(getattr(side, name) for name in static),
+        ),
+        lambda options, children: cls(
+            **dict(zip(leaves, children, strict=True)), **dict(zip(static, options, strict=True))
+        ),
     )
     return cls
 
@@ -87,4 +97,78 @@ class Probs:
     probs: ArrayLike
 
 
-Distribution = Logits | LogProbs | Probs
+@_pytree
+@dataclass(frozen=True, eq=False)
+class Head:
+    r"""Logits that a model's output head would give, never held as a whole.
+
+    .. math:: z = c \tanh(s (h W + b) / c), \qquad p = \mathrm{softmax}(z / T)
+
+    They are computed for a block of examples at a time, in float32, and so are the gradients to
+    everything here; with a reduction these are made along with the value. The gradient to the
+    kernel is accumulated in float32. Classes are on the last axis. A pytree.
+
+    Args:
+        hidden: What the head is applied to, ``batch + (H,)``.
+        kernel: ``(H, V)``.
+        bias: ``(V,)``, or None.
+        softcap: c, a number; None leaves the logits as they are.
+        scale: s, a scalar that may be traced; None is 1.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> student = kljax.Head(jnp.ones((2, 3)), jnp.eye(3, 5))
+        >>> teacher = kljax.Head(jnp.ones((2, 4)), jnp.eye(4, 5))
+        >>> print(kljax.forward_kl(student, teacher).round(4))
+        [0.0646 0.0646]
+    """
+
+    hidden: ArrayLike
+    kernel: ArrayLike
+    bias: ArrayLike | None = None
+    softcap: float | None = None
+    scale: ArrayLike | None = None
+
+
+@_pytree
+@dataclass(frozen=True, eq=False)
+class TopK:
+    r"""A teacher's k best classes, as targets; from `top_k`, `sample_targets` or a cache.
+
+    With K the given classes, the rest is one more class: :math:`1 - \sum_{i \in K} p_i`.
+    How the tail is treated (``tail``, a static option):
+
+    - "bucket": predictions and targets keep one more class for all others. A true divergence on
+      k + 1 classes; for KL in either direction, Jeffreys and Jensen–Shannon a lower bound of the
+      full one; value and gradient are 0 at equality.
+    - "renormalize": the targets are renormalised on K and 0 elsewhere. Reverse KL and Jeffreys
+      would be infinite and raise.
+    - "renormalize_both": both sides are renormalised on K; blind to mass elsewhere.
+    - "truncate": the bare partial sum over K, which may be negative.
+
+    Entries of log-probability -inf are padding; other indices are distinct. A pytree.
+
+    Args:
+        indices: Integers, ``batch + (k,)``.
+        log_probs: Their log-probabilities under the full vocabulary, ``batch + (k,)``.
+        log_tail: The log of the rest's mass, of the batch shape; None is what log_probs lack from
+            1, which float32 and a 16-bit cache know poorly where the teacher is confident.
+        temperature: What they were taken at. A loss must be given the same one, which then
+            applies to the predictions: a cached top-k cannot be given another.
+        tail: One of the four above.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> teacher = kljax.TopK(jnp.array([0]), jnp.log(jnp.array([0.9])), tail="truncate")
+        >>> print(kljax.reverse_kl(kljax.Probs([0.6, 0.4]), teacher).round(3))
+        -0.243
+    """
+
+    indices: ArrayLike
+    log_probs: ArrayLike
+    log_tail: ArrayLike | None = None
+    temperature: ArrayLike | None = None
+    tail: Tail = "bucket"
+
+
+Distribution = Logits | LogProbs | Probs | Head | TopK

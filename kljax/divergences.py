@@ -6,6 +6,7 @@ as for the user's own. How a call flows:
     forward_kl(predictions, targets, …)   its body is the formula; `_of_kl` hands it the KL term
     _pipeline.evaluate                    shapes and options checked; arrays, layout, weights read
     _engine.representation.view           logits, log-probs or probs → log-probabilities and ratio
+    _engine.rowwise                       block by block, with the gradient along the way
     _engine.dense.rows                    the term, summed over the classes, and its derivative
     reduction.example_scale, .total       weights and denominator before, the sum after
 
@@ -14,7 +15,7 @@ Predictions s come first and targets t second, except in `kl(p, q)`.
 
 from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import jax.numpy as jnp
 from jax import Array
@@ -51,6 +52,13 @@ class Options(TypedDict, total=False):
     normalizer: ArrayLike | None
     axis_name: AxisName | None
     implementation: Implementation | None
+
+
+class Request(NamedTuple):
+    """What a call of a divergence asks for: a formula, and what its term is given besides."""
+
+    formula: Formula
+    params: tuple[Any, ...]
 
 
 class Divergence(Protocol):
@@ -124,7 +132,28 @@ def divergence(
     ) -> Array:
         return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
 
-    return _named_like(term, compute)
+    def request(*, params: tuple[Any, ...] = ()) -> Request:
+        return Request(formula, params)
+
+    return _answers(request, _named_like(term, compute))
+
+
+def request_of(divergence: Callable[..., Array]) -> Request | None:
+    """What a divergence, or a partial of one, will ask for; None if it is not the library's."""
+    given: dict[str, Any] = {}
+    while isinstance(divergence, partial) and not divergence.args:
+        given = {**divergence.keywords, **given}
+        divergence = divergence.func
+    request = getattr(divergence, "request", None)
+    if request is None or set(given) - set(request.__kwdefaults__ or {}):
+        return None
+    return request(**given)
+
+
+def _answers(request: Callable[..., Request], divergence: Any) -> Any:
+    """Let a divergence tell what it will ask for, so that others can ask for it too."""
+    divergence.request = request
+    return divergence
 
 
 def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Divergence:
@@ -175,8 +204,9 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     targets is NaN. Gradients through ``axis_name``: see `reduce`.
 
     Args:
-        predictions: The model, student or policy: `Logits` or a bare array, `LogProbs`, `Probs`.
-        targets: The data, teacher or reference, likewise.
+        predictions: The model, student or policy: `Logits` or a bare array, `LogProbs`, `Probs`,
+            or `Head`.
+        targets: The data, teacher or reference, likewise, or `TopK`.
         axis: The axis, or axes, that one distribution occupies.
         where: bool, which classes exist, for both sides: shape ``classes`` or the whole input's.
         temperature: Both sides become softmax(log-probabilities / T), T > 0. The result is not
@@ -186,7 +216,8 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
             batch size, whatever the weights).
         normalizer: With "mean", what to divide by instead; already global. 0 gives 0.
         axis_name: Named mapped axes to sum numerator and denominator over before dividing.
-        implementation: None chooses; "dense" is the whole arrays at once.
+        implementation: None chooses; "dense" is the whole batch at once, "chunked" a block of
+            examples at a time, ``Chunked(rows=…)`` so many at a time.
 
     Returns:
         wℓ per example, or their reduction.
@@ -294,9 +325,8 @@ def jensen_shannon(
     Information Theory 37 (1991), section IV; Agarwal et al., On-Policy Distillation of Language
     Models (GKD, 2024), section 2.
     """
-    checks.require_fraction("jensen_shannon", "beta", beta)
-    compute = _jensen_shannon_scaled if normalized else _jensen_shannon
-    return compute(predictions, targets, params=(beta,), **options)
+    formula, params = _ask_jensen_shannon(beta=beta, normalized=normalized)
+    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
 
 
 @partial(_of_kl, name="jensen_shannon")
@@ -352,8 +382,8 @@ def skew_forward_kl(
     Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
     (2024), section 3.1.
     """
-    checks.require_fraction("skew_forward_kl", "alpha", alpha)
-    return _skew_forward_kl(predictions, targets, params=(alpha,), **options)
+    formula, params = _ask_skew_forward_kl(alpha=alpha)
+    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
 
 
 def skew_reverse_kl(
@@ -385,8 +415,8 @@ def skew_reverse_kl(
     Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
     (2024), section 3.1.
     """
-    checks.require_fraction("skew_reverse_kl", "alpha", alpha)
-    return _skew_reverse_kl(predictions, targets, params=(alpha,), **options)
+    formula, params = _ask_skew_reverse_kl(alpha=alpha)
+    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
 
 
 @partial(_of_kl, name="skew_forward_kl")
@@ -399,6 +429,26 @@ def _skew_forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array)
 def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array) -> Array:
     m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
     return kl(s, m, m_over_s)
+
+
+def _ask_jensen_shannon(*, beta: ArrayLike = 0.5, normalized: bool = False) -> Request:
+    checks.require_fraction("jensen_shannon", "beta", beta)
+    return (_jensen_shannon_scaled if normalized else _jensen_shannon).request(params=(beta,))
+
+
+def _ask_skew_forward_kl(*, alpha: ArrayLike = 0.1) -> Request:
+    checks.require_fraction("skew_forward_kl", "alpha", alpha)
+    return _skew_forward_kl.request(params=(alpha,))
+
+
+def _ask_skew_reverse_kl(*, alpha: ArrayLike = 0.1) -> Request:
+    checks.require_fraction("skew_reverse_kl", "alpha", alpha)
+    return _skew_reverse_kl.request(params=(alpha,))
+
+
+_answers(_ask_jensen_shannon, jensen_shannon)
+_answers(_ask_skew_forward_kl, skew_forward_kl)
+_answers(_ask_skew_reverse_kl, skew_reverse_kl)
 
 
 def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
@@ -488,7 +538,7 @@ def cross_entropy(predictions: Given, targets: Given, **options: Unpack[Options]
     """
     if _are_labels(targets):
         labels = checks.to_array("cross_entropy", "labels", targets)
-        return _pipeline.evaluate(_LABELS, (predictions, Held("labels", labels)), **options)
+        return _pipeline.evaluate(LABELS, (predictions, Held("labels", labels)), **options)
     return _pipeline.evaluate(_CROSS_ENTROPY, (predictions, targets), **options)
 
 
@@ -509,7 +559,7 @@ def entropy(p: Given, **options: Unpack[Options]) -> Array:
 
     Source: Cover and Thomas, Elements of Information Theory, section 2.1.
     """
-    return _pipeline.evaluate(_ENTROPY, (p,), **options)
+    return _pipeline.evaluate(ENTROPY, (p,), **options)
 
 
 def _are_labels(targets: Given) -> bool:
@@ -531,5 +581,5 @@ _CROSS_ENTROPY = Formula(
     ("predictions", "targets"),
     lambda log, *_: term_cross_entropy(log[1], log[0]),
 )
-_LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"))
-_ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))
+LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"))
+ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,23 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline
 from kljax import reduction as reductions
-from kljax._engine import checks, closures
+from kljax._engine import checks, closures, rowwise
+from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
-from kljax._engine.dispatch import Implementation
-from kljax._engine.representation import compute_dtype
-from kljax.distributions import Distribution
-from kljax.divergences import Divergence, Given, cross_entropy, entropy, forward_kl
+from kljax._engine.dispatch import Choice, Implementation
+from kljax._engine.representation import Kind, Operands, Spec, Term, compute_dtype
+from kljax._engine.rowwise import Run
+from kljax._engine.top_k import TopKInput
+from kljax._pipeline import Held
+from kljax.divergences import (
+    ENTROPY,
+    LABELS,
+    Divergence,
+    Given,
+    Request,
+    forward_kl,
+    request_of,
+)
 from kljax.reduction import AxisName, Reduction
 
 
@@ -104,17 +115,18 @@ def distillation_loss(
     checks.require_callable(_NAME, "divergence", divergence)
     sides = ("predictions", "targets")
     held = tuple(map(partial(_pipeline.read, _NAME), sides, (predictions, targets)))
+    checks.require_no_top_k(_NAME, "predictions", held[0].kind)
     layout = _pipeline.read_layout(_NAME, sides, held, axis)
     if labels is not None:
         labels = checks.to_array(_NAME, "labels", labels)
         checks.require_labels(_NAME, labels, layout)
     elif not checks.is_static_zero(hard_weight):
         checks.fail(_NAME, "labels", "given", "None", "Or set hard_weight=0.0.")
-    where, temperature = _pipeline.read_options(_NAME, layout, where, temperature)
+    where, temperature = _pipeline.read_options(_NAME, layout, where, temperature, held)
     weights, normalizer = reductions.prepare(
         _NAME, layout.batch, weights, reduction, normalizer, axis_name
     )
-    dtype = compute_dtype(tuple(side.array for side in held))
+    dtype = compute_dtype(tuple(side.value for side in held))
     weights = jnp.ones(layout.batch, dtype) if weights is None else weights.astype(dtype)
     if label_weights is not None:
         label_weights = checks.to_array(_NAME, "label_weights", label_weights)
@@ -124,19 +136,33 @@ def distillation_loss(
     hard_factor = checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype)
     if scale_by_temperature and temperature is not None:
         soft_factor = soft_factor * temperature.astype(dtype) ** 2
+    request = request_of(divergence)
     setup = _Setup(
-        divergence,
-        not checks.is_static_zero(soft_weight),
-        not checks.is_static_zero(hard_weight),
+        divergence if request is None else None,
+        *_terms(request, held, temperature),
+        tuple(side.kind for side in held),
+        tuple(side.bare for side in held),
         layout,
+        not checks.is_static_zero(soft_weight),
+        not checks.is_static_zero(hard_weight) and labels is not None,
         reduction,
         axis_name,
         implementation,
+        _pipeline.choose_blocks(_NAME, layout, held, implementation),
     )
-    student, teacher = (_pipeline.restore(side, layout) for side in held)
-    batch = _Batch(student, teacher, labels, where, temperature, weights, label_weights, normalizer)
-    distill = _distill_jitted if closures.is_pure(divergence) else _distill
-    return distill(setup, batch, soft_factor, hard_factor)
+    batch = _Batch(
+        (held[0].value, lax.stop_gradient(held[1].value)),
+        (predictions, lax.stop_gradient(targets)) if request is None else (),
+        labels,
+        where,
+        temperature,
+        () if request is None else request.params,
+        weights,
+        label_weights,
+        normalizer,
+    )
+    pure = all(map(closures.is_pure, (divergence, setup.soft, setup.plain)))
+    return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
 
 
 _NAME = "distillation_loss"
@@ -145,116 +171,228 @@ _NAME = "distillation_loss"
 class _Setup(NamedTuple):
     """All that chooses code."""
 
-    divergence: Divergence
+    other: Callable[..., Array] | None  # a divergence of which only its calls are known
+    soft: Term | None  # at the temperature
+    plain: Term | None  # at T = 1
+    kinds: tuple[Kind, ...]
+    bare: tuple[bool, ...]
+    layout: Layout
     has_soft: bool
     has_hard: bool
-    layout: Layout
     reduction: Reduction
     axis_name: AxisName | None
     implementation: Implementation | None
+    choice: Choice
 
 
 class _Batch(NamedTuple):
     """All that is traced, but for the factors of the two terms."""
 
-    predictions: Array | Distribution
-    targets: Array | Distribution
+    inputs: tuple[Any, ...]  # student, teacher
+    given: tuple[Any, ...]  # the same as they came, for `other`
     labels: Array | None
     where: Array | None
     temperature: Array | None
+    params: tuple[Any, ...]
     weights: Array
     label_weights: Array | None
     normalizer: Array | None
 
 
+class _Examples(NamedTuple):
+    """What the loss of each example is made of."""
+
+    soft: Operands
+    plain: Operands | None
+    labels: Array | None
+    hard_scale: Array | None
+
+
+def _terms(
+    request: Request | None, held: tuple[Held, ...], temperature: Array | None
+) -> tuple[Term | None, Term | None]:
+    if request is None:
+        return None, None
+    soft = _pipeline.choose_term(request.formula, held, temperature)
+    return soft, _pipeline.choose_term(request.formula, held, None)
+
+
 def _distill(
     setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
 ) -> tuple[Array, DistillationMetrics]:
-    batch = batch._replace(targets=lax.stop_gradient(batch.targets))
-    loss = jnp.zeros_like(batch.weights, shape=None if setup.reduction == "none" else ())
-    if setup.has_soft:
-        soft = _soft(setup, batch)
-        loss += _weighted(setup, soft, soft_factor, batch.weights, batch.normalizer)
-    if setup.has_hard and batch.labels is not None:
-        weights, normalizer = batch.weights, batch.normalizer
-        if batch.label_weights is not None:
-            weights, normalizer = batch.label_weights, None
-        loss += _weighted(
-            setup, _hard(setup, batch, batch.labels), hard_factor, weights, normalizer
-        )
-    return loss, _metrics(setup, lax.stop_gradient(batch))
+    other = _other(setup, batch, soft_factor)
+    batch = _assemble(setup, batch)
+    soft_scale = _scale(setup, soft_factor * batch.weights, batch.weights, batch.normalizer)
+    own = batch.weights if batch.label_weights is None else batch.label_weights
+    normalizer = batch.normalizer if batch.label_weights is None else None
+    hard_scale = _scale(setup, hard_factor * own, own, normalizer) if setup.has_hard else None
+
+    spec = Spec(setup.soft, setup.kinds, setup.layout.axis)
+    soft = Operands(batch.inputs, batch.where, batch.temperature, batch.params, soft_scale)
+    plain = None
+    plain_spec = spec._replace(term=setup.plain)
+    if setup.soft is not None and not closures.is_pure(setup.soft):
+        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None))
+        spec, soft = closures.hoist(spec, soft)
+    examples = _Examples(soft, plain, batch.labels, hard_scale)
+    run = Run(
+        partial(_each_example, setup, spec, plain_spec),
+        setup.layout.batch,
+        jax.tree.structure(examples),
+        _axes(setup, examples),
+        *setup.choice,
+    )
+    compute = rowwise.values if setup.reduction == "none" else rowwise.total
+    value, seen = compute(run, examples)
+    loss, seen = reductions.total(value, setup.reduction, setup.axis_name), _Seen(*seen)
+    if other is not None:
+        loss, seen = loss + other[0], seen._replace(soft=other[1], plain=other[2])
+    return loss, lax.stop_gradient(_metrics(setup, batch, seen, own))
 
 
 _distill_jitted = jax.jit(_distill, static_argnums=0)
 
 
-def _weighted(
-    setup: _Setup,
-    loss: Callable[..., Array],
-    factor: Array,
-    weights: Array,
-    normalizer: Array | None,
-) -> Array:
+class _Seen(NamedTuple):
+    """One number of each example."""
+
+    soft: Array
+    plain: Array
+    hard: Array
+    same: Array
+    entropy: Array
+
+
+def _each_example(
+    setup: _Setup, spec: Spec, plain_spec: Spec, examples: _Examples
+) -> tuple[Array, _Seen]:
+    """The loss of each example of a block, and what to log: both from the same logits."""
+    soft = examples.soft
+    unscaled = lax.stop_gradient(soft._replace(scale=None))
+    loss = jnp.zeros_like(soft.scale)
+    seen_soft = seen_plain = seen_hard = jnp.zeros_like(soft.scale)
+    if spec.term is not None:
+        if setup.has_soft:
+            loss += _pipeline.example_values(spec, soft)
+        seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
+        if soft.temperature is not None:
+            seen_plain = _at_one(plain_spec, examples.plain or unscaled)
+    if examples.labels is not None:
+        student = Operands(
+            (soft.inputs[0], examples.labels), soft.where, None, (), examples.hard_scale
+        )
+        hard_spec = Spec(LABELS.term, (setup.kinds[0], "labels"), setup.layout.axis)
+        if setup.has_hard:
+            loss += _pipeline.example_values(hard_spec, student)
+        seen_hard = _pipeline.example_values(
+            hard_spec, lax.stop_gradient(student._replace(scale=None))
+        )
+    best = [_argmax(x, soft.where, setup.layout) for x in unscaled.inputs]
+    same = jnp.broadcast_to(best[0] == best[1], loss.shape).astype(loss.dtype)
+    teacher = unscaled._replace(inputs=unscaled.inputs[1:], temperature=None, params=())
+    entropy_spec = Spec(ENTROPY.term, setup.kinds[1:], setup.layout.axis)
+    entropy = jnp.broadcast_to(_pipeline.example_values(entropy_spec, teacher), loss.shape)
+    return loss, _Seen(seen_soft, seen_plain, seen_hard, same, entropy)
+
+
+def _at_one(spec: Spec, operands: Operands) -> Array:
+    """The divergence at T = 1; NaN with a top-k, which is of one temperature only."""
+    values = _pipeline.example_values(
+        spec, lax.stop_gradient(operands._replace(temperature=None, scale=None))
+    )
+    return jnp.full_like(values, jnp.nan) if "top_k" in spec.kinds else values
+
+
+def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
+    """Everything on the axes of the whole input, with its values checked."""
+    layout = setup.layout
+    inputs = tuple(
+        _pipeline.expand(layout, kind, x, batch.weights)
+        for kind, x in zip(setup.kinds, batch.inputs, strict=True)
+    )
+    where = None if batch.where is None else layout.expand(batch.where)
+    inputs, where = _pipeline.share_sharding(inputs, where, layout)
+    temperature = batch.temperature
+    if temperature is not None:
+        temperature = temperature.astype(batch.weights.dtype)
+    operands = Operands(inputs, where, temperature, batch.params, None)
+    sides = ("predictions", "targets")
+    _pipeline.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
+    labels = batch.labels
+    if labels is not None:
+        own = batch.weights if batch.label_weights is None else batch.label_weights
+        checks.check_weights(_NAME, "label_weights", batch.label_weights)
+        labels = jnp.expand_dims(labels, layout.axis)
+        live = jnp.expand_dims(own.astype(bool), layout.axis)
+        checks.check_labels(_NAME, labels, live, layout.classes[0])
+    return batch._replace(inputs=inputs, where=where, temperature=temperature, labels=labels)
+
+
+def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
+    layout = setup.layout
+    leading = tuple(range(len(layout.batch)))
+    parts = (examples.soft, examples.plain)
+    axes = [a for part in parts if part for a in _pipeline.batch_axes(layout, part)]
+    axes += [] if examples.labels is None else [layout.batch_axes]
+    return (*axes, *([] if examples.hard_scale is None else [leading]))
+
+
+def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | None) -> Array:
     """The factor goes in with the weights, so that the loss's derivative rule holds it too."""
     if setup.reduction == "mean" and normalizer is None:
         normalizer = reductions.total(weights, "sum", setup.axis_name)
-    return loss(
-        weights=factor * weights,
-        reduction=setup.reduction,
-        normalizer=normalizer,
-        axis_name=setup.axis_name,
+    return reductions.example_scale(
+        setup.layout.batch, weights.dtype, scaled, setup.reduction, normalizer, setup.axis_name
     )
 
 
-def _metrics(setup: _Setup, batch: _Batch) -> DistillationMetrics:
-    layout, axis_name, weights = setup.layout, setup.axis_name, batch.weights
-    mean = partial(_mean, axis_name=axis_name, weights=weights)
-    hard = jnp.zeros((), weights.dtype)
-    if batch.labels is not None:
-        own = weights if batch.label_weights is None else batch.label_weights
-        hard = mean(_hard(setup, batch, batch.labels), weights=own)
-    classes = [_argmax(side, batch.where, layout) for side in (batch.predictions, batch.targets)]
-    same = (classes[0] == classes[1]).astype(weights.dtype)
+def _other(setup: _Setup, batch: _Batch, factor: Array) -> tuple[Array, Array, Array] | None:
+    """The soft term of a divergence of which only its calls are known, and its two metrics."""
+    if setup.other is None:
+        return None
+    call = partial(
+        setup.other,
+        *batch.given,
+        axis=setup.layout.axis,
+        where=batch.where,
+        implementation=setup.implementation,
+    )
+    normalizer = batch.normalizer
+    if setup.reduction == "mean" and normalizer is None:
+        normalizer = reductions.total(batch.weights, "sum", setup.axis_name)
+    loss = jnp.zeros_like(batch.weights, shape=None if setup.reduction == "none" else ())
+    if setup.has_soft:
+        loss = call(
+            temperature=batch.temperature,
+            weights=factor * batch.weights,
+            reduction=setup.reduction,
+            normalizer=normalizer,
+            axis_name=setup.axis_name,
+        )
+    return loss, call(temperature=batch.temperature), call()
+
+
+def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> DistillationMetrics:
+    def mean(values: Array, weights: Array = batch.weights) -> Array:
+        return reductions.reduce(
+            values, weights=weights, reduction="mean", axis_name=setup.axis_name
+        )
+
     return DistillationMetrics(
-        soft=mean(_soft(setup, batch)),
-        hard=hard,
-        divergence=mean(_soft(setup, batch._replace(temperature=None))),
-        agreement=mean(partial(reductions.reduce, same)),
-        teacher_entropy=mean(partial(entropy, batch.targets, axis=layout.axis, where=batch.where)),
-        weight_sum=reductions.total(weights, "sum", axis_name),
+        soft=mean(seen.soft),
+        hard=mean(seen.hard, own),
+        divergence=mean(seen.plain),
+        agreement=mean(seen.same),
+        teacher_entropy=mean(seen.entropy),
+        weight_sum=reductions.total(batch.weights, "sum", setup.axis_name),
     )
 
 
-def _mean(loss: Callable[..., Array], *, weights: Array, axis_name: AxisName | None) -> Array:
-    return loss(weights=weights, reduction="mean", axis_name=axis_name)
-
-
-def _soft(setup: _Setup, batch: _Batch) -> Callable[..., Array]:
-    return partial(
-        setup.divergence,
-        batch.predictions,
-        batch.targets,
-        axis=setup.layout.axis,
-        where=batch.where,
-        temperature=batch.temperature,
-        implementation=setup.implementation,
-    )
-
-
-def _hard(setup: _Setup, batch: _Batch, labels: Array) -> Callable[..., Array]:
-    return partial(
-        cross_entropy,
-        batch.predictions,
-        labels,
-        axis=setup.layout.axis,
-        where=batch.where,
-        implementation=setup.implementation,
-    )
-
-
-def _argmax(side: Array | Distribution, where: Array | None, layout: Layout) -> Array:
-    (scores,) = jax.tree.leaves(side)
-    if where is not None:
-        scores = jnp.where(layout.expand(where), scores, -jnp.inf)
+def _argmax(x: Any, where: Array | None, layout: Layout) -> Array:
+    if isinstance(x, TopKInput):
+        best = jnp.argmax(x.log_probs, axis=-1, keepdims=True)
+        return jnp.take_along_axis(x.indices, best, axis=-1)[..., 0]
+    scores = x if where is None else jnp.where(where, x, -jnp.inf)
     classes_last = jnp.moveaxis(scores, layout.axis, range(-len(layout.axis), 0))
-    return jnp.argmax(classes_last.reshape(*layout.batch, -1), axis=-1)
+    batch = classes_last.shape[: -len(layout.axis)]
+    return jnp.argmax(classes_last.reshape(*batch, -1), axis=-1).astype(jnp.int32)

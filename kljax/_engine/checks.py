@@ -173,6 +173,103 @@ def require_contributions(caller: str, contributions: Any, shape: Shape) -> None
     _require_type(contributions, float, message)
 
 
+def require_head(
+    caller: str, argument: str, parts: dict[str, Array], softcap: float | None
+) -> None:
+    """The parts of an output head fit each other."""
+    for part, x in parts.items():
+        require_float(caller, f"{argument}.{part}", x)
+    hidden, kernel = parts["hidden"].shape, parts["kernel"].shape
+    if not hidden:
+        fail(caller, f"{argument}.hidden", "shape batch + (H,)", "()", "Its last axis is H.")
+    if len(kernel) != 2 or kernel[0] != hidden[-1]:
+        expected = f"shape ({hidden[-1]}, classes), for hidden states of shape {hidden}"
+        remedy = "Transpose it." if len(kernel) == 2 and kernel[1] == hidden[-1] else "Slice it."
+        fail(caller, f"{argument}.kernel", expected, f"{kernel}", remedy)
+    if "bias" in parts and parts["bias"].shape != kernel[1:]:
+        got, remedy = f"{parts['bias'].shape}", "It has one entry per class."
+        fail(caller, f"{argument}.bias", f"shape {kernel[1:]}, the classes", got, remedy)
+    if "scale" in parts:
+        require_scalar(caller, f"{argument}.scale", parts["scale"])
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and softcap > 0):
+        remedy = "It is static: a Python float, or None."
+        fail(caller, f"{argument}.softcap", "a positive number", f"{softcap}", remedy)
+
+
+def require_top_k(
+    caller: str, argument: str, indices: Array, log_probs: Array, log_tail: Array | None
+) -> None:
+    """The parts of a top-k fit each other."""
+    message = _message(
+        caller, f"{argument}.indices", "integers", str(indices.dtype), "They name classes."
+    )
+    _require_type(indices, int, message)
+    require_float(caller, f"{argument}.log_probs", log_probs)
+    if indices.shape != log_probs.shape or not indices.shape:
+        expected = f"shape {log_probs.shape}, like log_probs, with k last"
+        fail(caller, f"{argument}.indices", expected, f"{indices.shape}", "One index per entry.")
+    if log_tail is not None:
+        require_float(caller, f"{argument}.log_tail", log_tail)
+        if log_tail.shape != log_probs.shape[:-1]:
+            expected = f"shape {log_probs.shape[:-1]}, one per distribution"
+            got = f"{log_tail.shape}"
+            fail(caller, f"{argument}.log_tail", expected, got, "It is the mass of the rest.")
+
+
+def require_top_k_fits(caller: str, argument: str, shape: Shape, layout: Layout) -> None:
+    """A top-k has the batch of the predictions, or none."""
+    if shape[:-1] not in (layout.batch, ()):
+        expected = f"shape {(*layout.batch, 'k')}, the batch of the predictions, or ('k',)"
+        fail(caller, argument, expected, f"{shape}", "Nothing else broadcasts.")
+    if shape[-1] > layout.classes[0]:
+        expected = f"of at most {layout.classes[0]} classes, like the predictions"
+        fail(caller, argument, expected, f"k = {shape[-1]}", "Take fewer; pad neither side.")
+
+
+def require_no_top_k(caller: str, argument: str, kind: str) -> None:
+    if kind == "top_k":
+        remedy = "A top-k teacher goes in as the targets of forward_kl or another divergence."
+        fail(caller, argument, "a whole distribution", "TopK", remedy)
+
+
+def require_arrays(caller: str, argument: str, kind: str) -> None:
+    if kind in ("head", "top_k"):
+        got = {"head": "Head", "top_k": "TopK"}[kind]
+        fail(caller, argument, "an array of all classes", got, "Its terms are the whole array.")
+
+
+def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
+    if layout.axis != (len(layout.shape) - 1,):
+        got = f"{_and(layout.axis)}"
+        fail(caller, "axis", f"the last with the {argument} given", got, "Leave axis=-1.")
+
+
+def require_tail(caller: str, tail: str) -> None:
+    """Where the targets are 0 outside K, what is infinite for it cannot be a loss."""
+    if tail == "renormalize" and caller in ("reverse_kl", "jeffreys", "kl"):
+        expected = '"bucket", "renormalize_both" or "truncate"'
+        remedy = "With targets of 0 outside the k classes the divergence is infinite."
+        fail(caller, "targets.tail", expected, '"renormalize"', remedy)
+
+
+def require_same_temperature(caller: str, taken_at: Any, temperature: Any) -> None:
+    """A cached top-k cannot be given another temperature than it was taken at."""
+    one, other = (1.0 if value is None else value for value in (taken_at, temperature))
+    expected = f"{taken_at}, which the top-k was taken at"
+    remedy = "A cached top-k cannot be given another: take it anew with top_k(…, temperature=…)."
+    if _is_static(one) and _is_static(other):
+        if not np.array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32)):
+            fail(caller, "temperature", expected, f"{temperature}", remedy)
+        return
+    one, other = (
+        require_number(caller, "temperature", one),
+        require_number(caller, "temperature", other),
+    )
+    same = one.astype(jnp.float32) == other.astype(jnp.float32)
+    message = f"{caller}: temperature must be what the top-k was taken at, {{one}}; got {{other}}"
+    debug_check(same, message, one=one, other=other)
+
+
 def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
     ndim = len(shape)
     try:
@@ -278,6 +375,19 @@ def check_labels(caller: str, labels: Array, live: Array | None, classes: int) -
     valid = (labels >= 0) & (labels < classes)
     message = f"{caller}: labels must be in [0, {classes}); give other examples the weight 0"
     debug_check(jnp.all(valid if live is None else valid | ~live), message)
+
+
+def check_top_k(
+    which: str, indices: Array, log_probs: Array, live: Array | None, layout: Layout
+) -> None:
+    """Report a cache of something else than log-probabilities of classes."""
+    counted = ~jnp.isneginf(log_probs)
+    if live is not None:
+        counted &= live
+    log_probs = log_probs if log_probs.dtype == jnp.float64 else log_probs.astype(jnp.float32)
+    inside = (indices >= 0) & (indices < layout.classes[0])
+    debug_check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {layout.classes[0]})")
+    debug_check(~jnp.any(jnp.isnan(log_probs) & counted), f"{which} hold NaN")
 
 
 def check_weights(caller: str, argument: str, weights: Array | None) -> None:

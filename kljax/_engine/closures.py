@@ -7,7 +7,9 @@ from typing import Any
 import jax
 from jax import Array
 
+from kljax._engine import head
 from kljax._engine.representation import Operands, Spec, view
+from kljax._engine.top_k import coarsen
 
 
 def is_pure(value: Any, above: tuple[Any, ...] = ()) -> bool:
@@ -46,19 +48,29 @@ def _content(cell: CellType) -> Any:
 
 def hoist(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     """Make arguments of the arrays that a term captured, so that they get their gradients."""
-    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun  # here, for it loads Pallas
-
-    seen = view(spec, operands)
-    arguments = (seen.log_probs, seen.log_ratio, operands.params)
-    fresh = lambda *arguments: spec.term(*arguments)  # noqa: E731  (traces are cached by function)
-    closed, out = jax.make_jaxpr(fresh, return_shape=True)(*arguments)
-    tree = jax.tree.structure(out)
+    one = jax.eval_shape(partial(_arguments, spec), operands)
 
     def term(
         log_probs: tuple[Array, ...], log_ratio: Array, params: tuple[Any, tuple[Any, ...]]
     ) -> Array:
         own, captured = params
-        function = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))
-        return jax.tree.unflatten(tree, function(*jax.tree.leaves((log_probs, log_ratio, own))))
+        jaxpr, out = _trace(spec, log_probs, log_ratio, own)  # anew: a block has its own shape
+        leaves = jax.tree.leaves((log_probs, log_ratio, own))
+        return jax.tree.unflatten(
+            jax.tree.structure(out), jax.core.eval_jaxpr(jaxpr.jaxpr, captured, *leaves)
+        )
 
-    return spec._replace(term=term), operands._replace(params=(operands.params, closed.consts))
+    captured = _trace(spec, *one)[0].consts
+    return spec._replace(term=term), operands._replace(params=(operands.params, captured))
+
+
+def _arguments(spec: Spec, operands: Operands) -> tuple[Any, ...]:
+    kinds = tuple("logits" if kind == "head" else kind for kind in spec.kinds)
+    spec, operands = coarsen(spec._replace(kinds=kinds), head.project(operands))
+    seen = view(spec, operands)
+    return seen.log_probs, seen.log_ratio, operands.params
+
+
+def _trace(spec: Spec, *arguments: Any) -> Any:
+    fresh = lambda *arguments: spec.term(*arguments)  # noqa: E731  (traces are cached by function)
+    return jax.make_jaxpr(fresh, return_shape=True)(*arguments)

@@ -1,25 +1,96 @@
-"""Which implementation serves a call: one table."""
+"""Which implementation serves a call: one table of how many bytes of logits a block may hold."""
 
-from collections.abc import Callable
-from typing import Literal
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from jax import Array
-
-from kljax._engine import checks, dense
-from kljax._engine.representation import Operands, Spec
-
-Implementation = Literal["dense"]
-
-_ROWS: dict[Implementation, Callable[[Spec, Operands], Array]] = {"dense": dense.rows}
+from kljax._engine import checks
+from kljax._engine.blocks import Blocks, exactly, fitting, whole
 
 
-def choose(caller: str, implementation: Implementation | None) -> Implementation:
-    """The implementation to run. A named one runs or raises; None leaves the choice here."""
-    if implementation is None:
-        return "dense"
-    checks.require_choice(caller, "implementation", implementation, _ROWS, optional=True)
-    return implementation
+@dataclass(frozen=True)
+class Chunked:
+    """Compute so many examples at a time.
+
+    Args:
+        rows: How many; the last block takes what is left.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> x = jnp.zeros((10, 5))
+        >>> print(kljax.entropy(x, implementation=kljax.Chunked(rows=4)).shape)
+        (10,)
+    """
+
+    rows: int
 
 
-def rows(implementation: Implementation) -> Callable[[Spec, Operands], Array]:
-    return _ROWS[implementation]
+Implementation = Literal["dense", "chunked"] | Chunked
+
+_MIB = 2**20
+
+
+class _Budget(NamedTuple):
+    """Bytes of float32 logits in a block; None is the whole batch at once."""
+
+    cpu: int | None
+    elsewhere: int | None
+
+
+# On CPU a block of logits and what is made of it stays in a core's cache. Elsewhere the compiler
+# fuses whole arrays into as few passes as it can, and only what must be made first, a head's
+# logits or a top-k's complement, goes in blocks: of thousands of tokens, to fill the device.
+_BUDGETS = {
+    "arrays": _Budget(2 * _MIB, None),
+    "made in blocks": _Budget(32 * _MIB, 1024 * _MIB),
+}
+_CHUNKED = _Budget(2 * _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
+
+
+class Choice(NamedTuple):
+    """How the batch is cut where it runs."""
+
+    cpu: Blocks
+    elsewhere: Blocks
+
+
+def at_once(batch: tuple[int, ...]) -> Choice:
+    return Choice(whole(batch), whole(batch))
+
+
+def choose(
+    caller: str,
+    implementation: Implementation | None,
+    batch: tuple[int, ...],
+    classes: int,
+    *,
+    made_in_blocks: bool,
+    explicit_mesh: bool,
+) -> Choice:
+    """How to run. A named implementation runs or raises; None leaves the choice here."""
+    if implementation is not None and not isinstance(implementation, Chunked):
+        checks.require_choice(
+            caller, "implementation", implementation, ("dense", "chunked"), optional=True
+        )
+    if explicit_mesh and implementation not in (None, "dense"):
+        got = "a mesh with explicit axes"
+        remedy = 'Leave implementation=None or "dense", or use shard_map.'
+        checks.fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
+    if isinstance(implementation, Chunked):
+        if not isinstance(implementation.rows, int) or implementation.rows < 1:
+            got = f"Chunked(rows={implementation.rows!r})"
+            checks.fail(caller, "implementation", "of a positive int of rows", got, "Give an int.")
+        return Choice(*[exactly(batch, implementation.rows)] * 2)
+    if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
+        return at_once(batch)
+    budget = _BUDGETS["made in blocks" if made_in_blocks else "arrays"]
+    if implementation == "chunked" and not made_in_blocks:
+        budget = _CHUNKED
+    return Choice(*(_blocks(batch, classes, bytes_) for bytes_ in budget))
+
+
+def _blocks(batch: tuple[int, ...], classes: int, budget: int | None) -> Blocks:
+    """Blocks of about the budget; a batch of less than a few of them goes at once."""
+    if budget is None or 4 * classes * math.prod(batch) <= 2 * budget:
+        return whole(batch)
+    return fitting(batch, budget // (4 * classes))

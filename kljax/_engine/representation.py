@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from kljax._engine.terms import log_difference
 
-Kind = Literal["logits", "log_probs", "probs", "labels"]
+Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 
 # (log-probabilities of each side, log pred - log target, params) -> contributions per class
 Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
@@ -67,12 +68,15 @@ class View(NamedTuple):
 
 def normalizes(kind: Kind, temperature: Any) -> bool:
     """Whether the library normalises a side, or takes it at its word."""
-    return kind == "logits" or (kind != "labels" and temperature is not None)
+    if kind in ("log_probs", "probs"):
+        return temperature is not None
+    return kind != "labels"
 
 
-def compute_dtype(inputs: tuple[Array, ...]) -> jnp.dtype:
+def compute_dtype(inputs: Any) -> jnp.dtype:
     """float64 stays float64; all else is computed in float32."""
-    return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in inputs) else "float32")
+    wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(inputs))
+    return jnp.dtype("float64" if wide else "float32")
 
 
 def view(spec: Spec, operands: Operands) -> View:
@@ -90,6 +94,12 @@ def view(spec: Spec, operands: Operands) -> View:
         ratio = jnp.where(operands.where, ratio, 0)
     full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
     return View(sides, tuple(full[:-1]), full[-1])
+
+
+def log_probs_of(spec: Spec, operands: Operands) -> Array:
+    """The log-probabilities of a single side."""
+    (kind,), (x,) = spec.kinds, operands.inputs
+    return _side(kind, x, operands, spec.axis, x.shape, compute_dtype(x)).log_probs
 
 
 def to_input(kind: Kind, slope: Array, x: Array) -> Array:

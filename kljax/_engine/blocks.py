@@ -1,0 +1,219 @@
+"""Blocks of examples: how a batch is cut, and a loop over the pieces.
+
+Block k takes every count-th row of an axis, not neighbouring ones: a batch that the compiler has
+spread over devices then gives each block rows of every device, and nothing is gathered.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Axes = tuple[int, ...] | None  # where an array has its batch axes; None: it has none
+
+# An axis keeps at least this many rows in a block, so that as many devices can share it.
+_SPREAD = 8
+
+
+class Blocks(NamedTuple):
+    """A batch, and how many rows of each of its axes one block takes."""
+
+    batch: tuple[int, ...]
+    extents: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(n // e if e else 0 for n, e in zip(self.batch, self.extents, strict=True))
+
+    @property
+    def single(self) -> bool:
+        return self.batch == self.extents
+
+    @property
+    def rest(self) -> tuple[int, int] | None:
+        """The axis that the blocks do not exhaust, and what is left of it."""
+        left = [n % e if e else 0 for n, e in zip(self.batch, self.extents, strict=True)]
+        return next(((axis, n) for axis, n in enumerate(left) if n), None)
+
+
+def whole(batch: tuple[int, ...]) -> Blocks:
+    return Blocks(batch, batch)
+
+
+def fitting(batch: tuple[int, ...], rows: int) -> Blocks:
+    """Blocks of about so many rows, spread over devices where the batch allows it."""
+    extents, stuck = list(batch), []
+    for axis in reversed(range(len(batch))):
+        n, others = batch[axis], math.prod(extents) // max(extents[axis], 1)
+        want = max(rows // max(others, 1), _SPREAD)
+        if want >= n:
+            continue
+        divisors = [d for d in range(max(want // 2, _SPREAD), want + 1) if n % d == 0]
+        if divisors:
+            extents[axis] = max([d for d in divisors if d % _SPREAD == 0] or divisors)
+        else:
+            stuck.append(axis)
+    if stuck and math.prod(extents) > 2 * rows:  # a batch of a prime size is on no mesh
+        axis = max(stuck, key=lambda axis: batch[axis])
+        extents[axis] = max(rows // (math.prod(extents) // extents[axis]), 1)
+    return Blocks(batch, tuple(extents))
+
+
+def exactly(batch: tuple[int, ...], rows: int) -> Blocks:
+    """Blocks of so many rows, and one of the rest; several batch axes: at most so many."""
+    extents = list(batch)
+    for axis in reversed(range(len(batch))):
+        others = math.prod(extents) // max(extents[axis], 1)
+        want = min(max(rows // max(others, 1), 1), batch[axis])
+        whole_others = math.prod(extents) == math.prod(batch)
+        if batch[axis] and batch[axis] % want and not whole_others:
+            want = max(d for d in range(1, want + 1) if batch[axis] % d == 0)
+        extents[axis] = want
+        if batch[axis] and batch[axis] % want:
+            break
+    return Blocks(batch, tuple(extents))
+
+
+def sweep(
+    blocks: Blocks,
+    leaves: Sequence[Array],
+    axes: Sequence[Axes],
+    body: Callable[[list[Array]], tuple[list[Array], list[Array]]],
+    out_axes: Sequence[Axes],
+) -> tuple[list[Array], list[Array]]:
+    """Run body(leaves of a block) -> (sums, rows) over all blocks: add up and put together."""
+    if blocks.single:
+        return body(list(leaves))
+    read = lambda k: [_read(blocks, x, a, k) for x, a in zip(leaves, axes, strict=True)]  # noqa: E731
+    shapes = jax.eval_shape(lambda: body(read(0)))
+    zeros = _zeros_like_varying(leaves)
+    sums = [zeros(s.shape, s.dtype) for s in shapes[0]]
+    rows = [
+        zeros(_full_shape(blocks, s.shape, a), s.dtype)
+        for s, a in zip(shapes[1], out_axes, strict=True)
+    ]
+
+    def step(k: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+        more, new = body(read(k))
+        sums, rows = carry
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
+        rows = [_write(blocks, x, y, a, k) for x, y, a in zip(rows, new, out_axes, strict=True)]
+        return sums, rows
+
+    sums, rows = lax.fori_loop(0, math.prod(blocks.counts), step, (sums, rows))
+    if blocks.rest is not None:
+        sums, rows = step(_REST, (sums, rows))
+    return sums, rows
+
+
+_REST = None  # in place of a block's number: the rows that no block takes
+
+
+def _split(
+    blocks: Blocks, shape: tuple[int, ...], axes: Axes, k: Array | int | None
+) -> tuple[tuple[int, ...], list[Any], tuple[int, ...]]:
+    """The shape in which block k is a slice, where that slice starts, and its sizes."""
+    numbers = dict(zip(axes or (), range(len(blocks.batch)), strict=True))
+    number = None if k is None else jnp.unravel_index(k, blocks.counts)
+    full, start, size = [], [], []
+    for position, n in enumerate(shape):
+        i = numbers.get(position)
+        if i is None or n != blocks.batch[i] or blocks.extents[i] == n:
+            full, start, size = [*full, n], [*start, 0], [*size, n]
+            continue
+        extent, count = blocks.extents[i], blocks.counts[i]
+        if blocks.rest is not None and blocks.rest[0] == i:
+            left = blocks.rest[1]
+            at, take = (n - left, left) if number is None else (number[i] * extent, extent)
+            full, start, size = [*full, n], [*start, at], [*size, take]
+        elif number is None:
+            full, start, size = [*full, n], [*start, 0], [*size, n]
+        else:
+            full, start, size = [*full, extent, count], [*start, 0, number[i]], [*size, extent, 1]
+    return tuple(full), start, tuple(size)
+
+
+def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:
+    if axes is None:
+        return x
+    full, start, size = _split(blocks, x.shape, axes, k)
+    return lax.dynamic_slice(x.reshape(full), start, size).reshape(_squeeze(full, size, x.shape))
+
+
+def _write(blocks: Blocks, x: Array, block: Array, axes: Axes, k: Array | int | None) -> Array:
+    full, start, size = _split(blocks, x.shape, axes, k)
+    updated = lax.dynamic_update_slice(x.reshape(full), block.reshape(size), start)
+    return updated.reshape(x.shape)
+
+
+def _squeeze(
+    full: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The sizes without the axis that splitting has added."""
+    sizes, block = list(size), []
+    remaining = list(full)
+    for n in shape:
+        taken, got = remaining.pop(0), sizes.pop(0)
+        if taken != n:
+            remaining.pop(0)
+            sizes.pop(0)
+        block.append(got)
+    return tuple(block)
+
+
+def _full_shape(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    full = list(shape)
+    for i, axis in enumerate(axes or ()):
+        full[axis] = blocks.batch[i]
+    return tuple(full)
+
+
+def _zeros_like_varying(leaves: Sequence[Array]) -> Callable[..., Array]:
+    """Zeros that, inside `shard_map`, vary over the mesh axes that any input varies over."""
+    names = varying(leaves)
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+        fresh = jnp.zeros(shape, dtype)
+        return lax.pcast(fresh, names, to="varying") if names else fresh
+
+    return zeros
+
+
+def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
+    """The mesh axes that any of the arrays varies over inside `shard_map`."""
+    names = (getattr(jax.typeof(x), "vma", frozenset()) for x in leaves)
+    return tuple(sorted(frozenset().union(*names)))
+
+
+def rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
+    """factor · x, rewritten in place block by block, and left as it is where factor is 1."""
+    if blocks.single:
+        return factor.astype(x.dtype) * x
+    return _rescale(blocks, axes, x, factor)
+
+
+def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
+    @jax.custom_batching.custom_vmap
+    def in_place(x: Array, factor: Array) -> Array:
+        def step(k: Array, x: Array) -> Array:
+            block = _read(blocks, x, axes, k)
+            return _write(blocks, x, factor.astype(x.dtype) * block, axes, k)
+
+        as_it_is = factor == 1
+        x = lax.fori_loop(0, jnp.where(as_it_is, 0, math.prod(blocks.counts)), step, x)
+        if blocks.rest is not None:
+            x = step(_REST, x)
+        return x
+
+    @in_place.def_vmap
+    def _(size: int, mapped: list[bool], x: Array, factor: Array) -> tuple[Array, bool]:
+        # A loop whose length differs from one to the next would copy everything at each step.
+        factor = factor.reshape(
+            factor.shape + (1,) * (x.ndim - factor.ndim if mapped[0] else x.ndim)
+        )
+        return factor.astype(x.dtype) * x, True
+
+    return in_place(x, factor)

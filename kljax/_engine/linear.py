@@ -1,0 +1,130 @@
+"""A linear map that brings its own transpose, and derivatives in what it depends on.
+
+`jax.linear_transpose` of a loop over blocks would store every block's intermediates, or add up
+whole arrays block by block. A map that says how to transpose itself needs neither. JAX's own
+`linear_call` cannot be differentiated in its residuals, which second derivatives need.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.interpreters import ad, batching, mlir
+
+Tree = Any
+
+
+class Map(NamedTuple):
+    """The map y = A(residuals) x, as functions of (residuals, x) and (residuals, y)."""
+
+    apply: Callable[[Tree, Tree], Tree]
+    transpose: Callable[[Tree, Tree], Tree]
+    plain: "Map | None" = None  # the same map in a form to differentiate in the residuals
+
+    @property
+    def transposed(self) -> "Map":
+        return Map(self.transpose, self.apply, self.plain and self.plain.transposed)
+
+
+def call(linear: Map, residuals: Tree, x: Tree) -> Tree:
+    """Apply the map to x; reverse mode will use its transpose."""
+    leaves, tree = jax.tree.flatten((residuals, x))
+    jaxpr, out = jax.make_jaxpr(lambda *args: linear.apply(*args), return_shape=True)(residuals, x)
+    outs = _primitive().bind(
+        *leaves, linear=linear, tree=tree, jaxpr=jaxpr, linear_leaves=len(jax.tree.leaves(x))
+    )
+    return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+
+@cache
+def _primitive() -> Any:
+    from jax.extend.core import Primitive  # here, for it loads Pallas
+
+    primitive = Primitive("kljax_linear")
+    primitive.multiple_results = True
+    primitive.def_impl(_impl)
+    primitive.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+    mlir.register_lowering(primitive, mlir.lower_fun(_impl, multiple_results=True))
+    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_transposes[primitive] = _transpose
+    batching.primitive_batchers[primitive] = _batch
+    return primitive
+
+
+def _impl(*leaves: Array, jaxpr: Any, **_: Any) -> list[Array]:
+    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *leaves)
+
+
+def _jvp(primals, tangents, *, linear: Map, tree: Any, linear_leaves: int, **_: Any):
+    split = len(primals) - linear_leaves
+    residuals, x = jax.tree.unflatten(tree, primals)
+    out = jax.tree.leaves(call(linear, residuals, x))
+    parts = []
+    if not all(type(dot) is ad.Zero for dot in tangents[split:]):
+        x_dot = map(ad.instantiate_zeros, tangents[split:])
+        x_dot = jax.tree.unflatten(jax.tree.structure(x), list(x_dot))
+        parts.append(jax.tree.leaves(call(linear, residuals, x_dot)))
+    moving = [i for i, dot in enumerate(tangents[:split]) if type(dot) is not ad.Zero]
+    if moving:
+
+        def along(moved: list[Array]) -> list[Array]:
+            leaves = list(primals)
+            for i, leaf in zip(moving, moved, strict=True):
+                leaves[i] = leaf
+            plain = linear.plain or linear
+            return jax.tree.leaves(plain.apply(*jax.tree.unflatten(tree, leaves)))
+
+        steps = [tangents[i] for i in moving]
+        parts.append(jax.jvp(along, ([primals[i] for i in moving],), (steps,))[1])
+    return out, [sum(dots) for dots in zip(*parts, strict=True)]
+
+
+def _transpose(cts, *leaves: Any, linear: Map, tree: Any, jaxpr: Any, linear_leaves: int):
+    split = len(leaves) - linear_leaves
+    known = [None if ad.is_undefined_primal(leaf) else leaf for leaf in leaves]
+    residual_tree, x_tree = tree.children()
+    residuals = jax.tree.unflatten(residual_tree, known[:split])
+    y = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
+    y_tree = jax.tree.structure(_shape(linear.apply, tree, leaves))
+    x_cts = jax.tree.leaves(call(linear.transposed, residuals, jax.tree.unflatten(y_tree, y)))
+    assert len(x_cts) == x_tree.num_leaves
+    wanted = [ad.is_undefined_primal(leaf) for leaf in leaves[split:]]
+    return [None] * split + [ct if want else None for ct, want in zip(x_cts, wanted, strict=True)]
+
+
+def _shape(function: Callable[..., Tree], tree: Any, leaves: tuple[Any, ...]) -> Tree:
+    avals = [leaf.aval if ad.is_undefined_primal(leaf) else jax.typeof(leaf) for leaf in leaves]
+    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return jax.eval_shape(function, *jax.tree.unflatten(tree, structs))
+
+
+def _batch(leaves, dims, *, linear: Map, tree: Any, linear_leaves: int, **_: Any):
+    size = next(x.shape[dim] for x, dim in zip(leaves, dims, strict=True) if dim is not None)
+    split = len(leaves) - linear_leaves
+    # What is mapped on one side of the map is mapped on the other, so that it can be transposed.
+    x = [
+        jnp.broadcast_to(leaf, (size, *leaf.shape)) if dim is None else jnp.moveaxis(leaf, dim, 0)
+        for leaf, dim in zip(leaves[split:], dims[split:], strict=True)
+    ]
+    residual_tree, x_tree = tree.children()
+    residuals = jax.tree.unflatten(residual_tree, leaves[:split])
+    out = call(_mapped(linear, dims[:split], residual_tree), residuals, x_tree.unflatten(x))
+    outs = jax.tree.leaves(out)
+    return outs, [0] * len(outs)
+
+
+def _mapped(linear: Map, dims: tuple[int | None, ...], tree: Any) -> Map:
+    """The map over one more, leading axis of x and y."""
+
+    def over(function: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
+        def mapped(residuals: Tree, x: Tree) -> Tree:
+            flat = lambda leaves, x: function(tree.unflatten(leaves), x)  # noqa: E731
+            return jax.vmap(flat, in_axes=(list(dims), 0))(tree.flatten_up_to(residuals), x)
+
+        return mapped
+
+    plain = linear.plain and _mapped(linear.plain, dims, tree)
+    return Map(over(linear.apply), over(linear.transpose), plain)

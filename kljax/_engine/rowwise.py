@@ -1,0 +1,297 @@
+"""Any loss that is a sum over examples, block by block, with its derivatives.
+
+In reverse mode the sum's gradient is made together with its value, while a block is at hand; of
+one value per example it is made again, block by block, once the cotangents are known. In forward
+mode the tangents go through the blocks. No array of the size of the logits is ever stored but the
+gradient itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from kljax._engine import head, linear
+from kljax._engine.blocks import Axes, Blocks, rescale, sweep, varying, whole
+
+Tree = Any
+Leaves = list[Array]
+Rows = tuple[Array, tuple[Array, ...]]  # one value per example, and more to look at
+
+
+class Run(NamedTuple):
+    """A loss per example, and how its batch is cut."""
+
+    function: Callable[[Tree], Rows]  # from operands, their heads projected to logits
+    batch: tuple[int, ...]
+    tree: Any
+    axes: tuple[Axes, ...]  # of each leaf
+    cpu: Blocks
+    elsewhere: Blocks
+
+    @property
+    def single(self) -> bool:
+        return self.cpu.single and self.elsewhere.single
+
+
+def values(run: Run, operands: Tree) -> Rows:
+    """One value per example."""
+    if run.single:
+        return _watched(run.function(head.project(operands)))
+    return _values(run, _aligned(operands))
+
+
+def total(run: Run, operands: Tree) -> Rows:
+    """The sum over all examples."""
+    if run.single:
+        each, seen = _watched(run.function(head.project(operands)))
+        return jnp.sum(each), seen
+    return _total(run, _aligned(operands))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _values(run: Run, leaves: Leaves) -> Rows:
+    def compute(blocks: Blocks, *leaves: Array) -> list[Array]:
+        def body(block: Leaves) -> tuple[Leaves, Leaves]:
+            each, seen = _evaluate(run, block)
+            return [], [each, *seen]
+
+        return sweep(blocks, leaves, run.axes, body, _per_example(run, leaves))[1]
+
+    each, *seen = _where_it_runs(run, compute, leaves)
+    return each, tuple(seen)
+
+
+@partial(_values.defjvp, symbolic_zeros=True)
+def _values_jvp(run: Run, primals: tuple[Leaves], tangents: tuple[list[Any]]) -> tuple[Rows, Rows]:
+    (leaves,), (dots,) = primals, tangents
+    moving = _moving(dots)
+    each, seen = _values(run, leaves)
+    each_dot = linear.call(_along_values(run, moving), leaves, [dots[i] for i in moving])
+    return (each, seen), (each_dot, tuple(map(jnp.zeros_like, seen)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _total(run: Run, leaves: Leaves) -> Rows:
+    def compute(blocks: Blocks, *leaves: Array) -> list[Array]:
+        def body(block: Leaves) -> tuple[Leaves, Leaves]:
+            each, seen = _evaluate(run, block)
+            return [jnp.sum(each)], list(seen)
+
+        sums, rows = sweep(blocks, leaves, run.axes, body, _per_example(run, leaves)[1:])
+        return [*sums, *rows]
+
+    value, *seen = _where_it_runs(run, compute, leaves)
+    return value, tuple(seen)
+
+
+@partial(_total.defjvp, symbolic_zeros=True)
+def _total_jvp(run: Run, primals: tuple[Leaves], tangents: tuple[list[Any]]) -> tuple[Rows, Rows]:
+    (leaves,), (dots,) = primals, tangents
+    moving = _moving(dots)
+    value, seen, gradient = _total_with_gradient(run, moving, leaves)
+    steps = [dots[i] for i in moving]
+    value_dot = linear.call(_along_total(run, moving), (leaves, gradient), steps)
+    return (value, seen), (value_dot, tuple(map(jnp.zeros_like, seen)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _total_with_gradient(
+    run: Run, moving: tuple[int, ...], leaves: Leaves
+) -> tuple[Array, tuple[Array, ...], Leaves]:
+    def compute(blocks: Blocks, *leaves: Array) -> tuple[Array, Leaves, Leaves]:
+        return _pull(run, blocks, moving, leaves, None)
+
+    value, seen, gradient = _where_it_runs(run, compute, leaves)
+    return value, tuple(seen), gradient
+
+
+@partial(_total_with_gradient.defjvp, symbolic_zeros=True)
+def _total_with_gradient_jvp(run, moving, primals, tangents):
+    (leaves,), (dots,) = primals, tangents
+    out = _total_with_gradient(run, moving, leaves)
+    again = _moving(dots)
+    total = lambda moved: _total(run, _replace(leaves, again, moved))[0]  # noqa: E731
+    value_dot = jax.jvp(total, ([leaves[i] for i in again],), ([dots[i] for i in again],))[1]
+    # The gradient's own derivative is taken where it is used, in `linear.Map.plain`.
+    return out, (value_dot, *jax.tree.map(jnp.zeros_like, out[1:]))
+
+
+def _along_total(run: Run, moving: tuple[int, ...]) -> linear.Map:
+    """The derivative of the total: from steps of the moving leaves, and back."""
+
+    def apply(residuals: tuple[Leaves, Leaves], steps: Leaves) -> Array:
+        push = lambda blocks, *args: _push(run, blocks, moving, args, sum_up=True)  # noqa: E731
+        return _where_it_runs(run, push, [*residuals[0], *steps])
+
+    def transpose(residuals: tuple[Leaves, Leaves], ct: Array) -> Leaves:
+        leaves, gradient = residuals
+        rows = [_is_row(run, leaves, i) for i in moving]
+
+        def compute(blocks: Blocks, ct: Array, *gradient: Array) -> Leaves:
+            return [
+                rescale(blocks, run.axes[i], g, ct) if row else ct.astype(g.dtype) * g
+                for i, g, row in zip(moving, gradient, rows, strict=True)
+            ]
+
+        return _where_it_runs(run, compute, [ct, *gradient])
+
+    def plain_apply(residuals: tuple[Leaves, Leaves], steps: Leaves) -> Array:
+        return _push(run, whole(run.batch), moving, [*residuals[0], *steps], sum_up=True)
+
+    def plain_transpose(residuals: tuple[Leaves, Leaves], ct: Array) -> Leaves:
+        return _pull(run, whole(run.batch), moving, residuals[0], jnp.broadcast_to(ct, run.batch))[
+            2
+        ]
+
+    return linear.Map(apply, transpose, linear.Map(plain_apply, plain_transpose))
+
+
+def _along_values(run: Run, moving: tuple[int, ...]) -> linear.Map:
+    """The derivative of the values: from steps of the moving leaves, and back."""
+
+    def apply(leaves: Leaves, steps: Leaves) -> Array:
+        push = lambda blocks, *args: _push(run, blocks, moving, args)  # noqa: E731
+        return _where_it_runs(run, push, [*leaves, *steps])
+
+    def transpose(leaves: Leaves, cts: Array) -> Leaves:
+        pull = lambda blocks, cts, *leaves: _pull(run, blocks, moving, leaves, cts)[2]  # noqa: E731
+        return _where_it_runs(run, pull, [cts, *leaves])
+
+    plain = linear.Map(
+        lambda leaves, steps: _push(run, whole(run.batch), moving, [*leaves, *steps]),
+        lambda leaves, cts: _pull(run, whole(run.batch), moving, leaves, cts)[2],
+    )
+    return linear.Map(apply, transpose, plain)
+
+
+def _pull(
+    run: Run, blocks: Blocks, moving: tuple[int, ...], leaves: Any, cts: Array | None
+) -> tuple[Array, Leaves, Leaves]:
+    """The total, what there is to look at, and the gradient along cts, or along ones."""
+    example = tuple(range(len(run.batch)))
+    row = [_is_row(run, leaves, i) for i in moving]
+    given, axes = ([], []) if cts is None else ([cts], [example])
+
+    def body(block: Leaves) -> tuple[Leaves, Leaves]:
+        ct, block = (None, block) if cts is None else (block[0], block[1:])
+        each, seen, gradient = _gradient(run, moving, block, ct)
+        shared = [g for g, is_row in zip(gradient, row, strict=True) if not is_row]
+        rows = [
+            g.astype(block[i].dtype)
+            for i, g, is_row in zip(moving, gradient, row, strict=True)
+            if is_row
+        ]
+        return [jnp.sum(each), *shared], [*seen, *rows]
+
+    seen_axes = _per_example(run, leaves)[1:]
+    out_axes = [*seen_axes, *(run.axes[i] for i, is_row in zip(moving, row, strict=True) if is_row)]
+    sums, rows = sweep(blocks, [*given, *leaves], [*axes, *run.axes], body, out_axes)
+    (value, *shared), seen, rows = sums, rows[: len(seen_axes)], iter(rows[len(seen_axes) :])
+    shared = iter(shared)
+    gradient = [
+        next(rows) if is_row else next(shared).astype(leaves[i].dtype)
+        for i, is_row in zip(moving, row, strict=True)
+    ]
+    return value, seen, gradient
+
+
+def _push(
+    run: Run, blocks: Blocks, moving: tuple[int, ...], args: Any, *, sum_up: bool = False
+) -> Array:
+    """The values' tangent along steps of the moving leaves."""
+    count = len(run.axes)
+
+    def body(block: Leaves) -> tuple[Leaves, Leaves]:
+        leaves, steps = block[:count], block[count:]
+        each = lambda moved: _evaluate(run, _replace(leaves, moving, moved))[0]  # noqa: E731
+        dot = jax.jvp(each, ([leaves[i] for i in moving],), (steps,))[1]
+        return ([jnp.sum(dot)], []) if sum_up else ([], [dot])
+
+    axes = [*run.axes, *(run.axes[i] for i in moving)]
+    out_axes = [] if sum_up else [tuple(range(len(run.batch)))]
+    sums, rows = sweep(blocks, args, axes, body, out_axes)
+    return (sums if sum_up else rows)[0]
+
+
+def _gradient(
+    run: Run, moving: tuple[int, ...], block: Leaves, cts: Array | None
+) -> tuple[Array, tuple[Array, ...], Leaves]:
+    """Of one block: values, what there is to look at, and the gradient to the moving leaves.
+
+    To what a head is made of it goes by hand, for the sums over blocks to be of float32.
+    """
+    operands = jax.tree.unflatten(run.tree, block)
+    projected, pullback = head.project_with_pullback(operands, moving)
+    leaves, tree = jax.tree.flatten(projected.operands)
+
+    def each(moved: Leaves) -> Rows:
+        return run.function(jax.tree.unflatten(tree, _replace(leaves, projected.moving, moved)))
+
+    value, pull, seen = jax.vjp(each, [leaves[i] for i in projected.moving], has_aux=True)
+    (gradient,) = pull(jnp.ones_like(value) if cts is None else cts.astype(value.dtype))
+    return value, jax.tree.map(lax.stop_gradient, seen), pullback(gradient)
+
+
+def _evaluate(run: Run, leaves: Any) -> Rows:
+    return _watched(run.function(head.project(jax.tree.unflatten(run.tree, leaves))))
+
+
+def _watched(rows: Rows) -> Rows:
+    """What is there to look at has no gradient."""
+    return rows[0], jax.tree.map(lax.stop_gradient, rows[1])
+
+
+def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
+    """Choose the blocks when the platform is known: at lowering, not while tracing."""
+    if run.cpu == run.elsewhere:
+        return compute(run.cpu, *args)
+    return lax.platform_dependent(
+        *args, cpu=partial(compute, run.cpu), default=partial(compute, run.elsewhere)
+    )
+
+
+def _per_example(run: Run, leaves: Any) -> list[Axes]:
+    """Where the batch axes are in the values, and in each array there is to look at."""
+    _, seen = jax.eval_shape(partial(_evaluate, run), list(leaves))
+    return [tuple(range(len(run.batch)))] * (1 + len(seen))
+
+
+def _is_row(run: Run, leaves: Any, i: int) -> bool:
+    """Whether a leaf holds something of each example, rather than something all share."""
+    axes, shape = run.axes[i], leaves[i].shape
+    return axes is not None and tuple(shape[axis] for axis in axes) == run.batch
+
+
+def _replace(leaves: Any, places: tuple[int, ...], new: Leaves) -> Leaves:
+    out = list(leaves)
+    for i, leaf in zip(places, new, strict=True):
+        out[i] = leaf
+    return out
+
+
+def _moving(dots: list[Any]) -> tuple[int, ...]:
+    """The leaves whose tangents are really there: nothing is computed for the others."""
+    return tuple(
+        i
+        for i, dot in enumerate(dots)
+        if not isinstance(dot, SymbolicZero) and dot.dtype != jax.dtypes.float0
+    )
+
+
+def _aligned(operands: Tree) -> Leaves:
+    """The leaves, all varying over the same mesh axes inside `shard_map`.
+
+    What is shared there gets its gradient summed over the mesh by JAX, not by the rules here.
+    """
+    leaves = jax.tree.leaves(operands)
+    names = varying(leaves)
+    lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
+    return [
+        lax.pcast(x, missing, to="varying") if missing else x
+        for x, missing in zip(leaves, lacking, strict=True)
+    ]

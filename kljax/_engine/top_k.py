@@ -1,0 +1,128 @@
+"""A teacher's best classes, and the predictions seen through them: a few classes in place of all.
+
+Both sides become log-probabilities of the k classes and, unless the rest is left out, of one more
+class that holds all others. Then every divergence is what it is on those few classes.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kljax._engine.representation import Operands, Spec, compute_dtype, log_probs_of
+
+Tail = Literal["bucket", "renormalize", "renormalize_both", "truncate"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["indices", "log_probs", "log_tail"],
+    meta_fields=["tail"],
+)
+@dataclass(frozen=True)
+class TopKInput:
+    """The k best classes; -inf is padding."""
+
+    indices: Array  # [..., k]
+    log_probs: Array  # [..., k]
+    log_tail: Array | None  # [...]
+    tail: Tail
+
+
+class _Seen(NamedTuple):
+    """What the k classes, and the rest, hold on one side."""
+
+    best: Array
+    rest: Array
+
+
+def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
+    """The same question on the few classes of the top-k side, if there is one."""
+    if "top_k" not in spec.kinds:
+        return spec, operands
+    *others, given = operands.inputs
+    assert spec.kinds[-1] == "top_k"
+    classes = given.log_probs.ndim - 1
+    dtype = compute_dtype(operands.inputs)
+    best = _unless_dead(given.log_probs, operands.scale).astype(dtype)
+    valid = ~jnp.isneginf(best)
+    sides = []
+    if others:
+        others = [_unless_dead(x, operands.scale) for x in others]
+        seen_by = operands._replace(inputs=tuple(others))
+        log_probs = log_probs_of(spec._replace(kinds=spec.kinds[:1]), seen_by)
+        batch = jnp.broadcast_shapes(log_probs.shape[:-1], best.shape[:-1])
+        log_probs = jnp.broadcast_to(log_probs, (*batch, log_probs.shape[-1]))
+        indices, best = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (given.indices, best))
+        valid = jnp.broadcast_to(valid, best.shape)
+        if operands.where is not None:
+            where = jnp.broadcast_to(operands.where, log_probs.shape)
+            valid &= jnp.take_along_axis(where, jnp.where(valid, indices, 0), axis=-1)
+        sides.append(_split(log_probs, indices, valid))
+    best = jnp.where(valid, best, -jnp.inf)
+    sides.append(_Seen(best, _rest(given.log_tail, best)))
+    inputs = tuple(_on_few_classes(sides, given.tail))
+    few = spec._replace(kinds=("log_probs",) * len(inputs), axis=(classes,))
+    return few, operands._replace(inputs=inputs, where=None, temperature=None)
+
+
+def _split(log_probs: Array, indices: Array, valid: Array) -> _Seen:
+    """The predictions at the k classes, and what they hold elsewhere."""
+    classes = log_probs.shape[-1]
+    inside = (indices >= 0) & (indices < classes)
+    places = jnp.where(valid & inside, indices, classes)  # one past the end: dropped
+    best = jnp.take_along_axis(log_probs, jnp.where(valid & inside, indices, 0), axis=-1)
+    best = jnp.where(inside, best, jnp.nan)
+    best = jnp.where(valid, best, -jnp.inf)
+    taken = jnp.put_along_axis(
+        jnp.zeros(log_probs.shape, bool), places, True, axis=-1, inplace=False, mode="drop"
+    )
+    return _Seen(best, log_sum_exp(jnp.where(taken, -jnp.inf, log_probs)))
+
+
+def _rest(log_tail: Array | None, best: Array) -> Array:
+    """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
+    if log_tail is not None:
+        return jnp.broadcast_to(log_tail.astype(best.dtype), best.shape[:-1])
+    mass = log_sum_exp(best)
+    lacking = mass < 0
+    return jnp.where(lacking, _log1mexp(jnp.where(lacking, mass, -1)), -jnp.inf)
+
+
+def _on_few_classes(sides: list[_Seen], tail: Tail) -> list[Array]:
+    if tail == "renormalize":
+        best = sides[-1].best
+        best = best - log_sum_exp(best)[..., None]
+        sides = [*sides[:-1], _Seen(best, jnp.full_like(sides[-1].rest, -jnp.inf))]
+    if tail == "renormalize_both":
+        return [best - log_sum_exp(best)[..., None] for best, _ in sides]
+    if tail == "truncate":
+        return [best for best, _ in sides]
+    return [jnp.concatenate([best, rest[..., None]], axis=-1) for best, rest in sides]
+
+
+def _unless_dead(x: Array, scale: Array | None) -> Array:
+    """Of an example of weight 0 nothing that is not finite is read."""
+    if scale is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jnp.where((scale != 0)[..., None] | jnp.isfinite(x) | jnp.isneginf(x), x, 0)
+
+
+def log_sum_exp(log_probs: Array) -> Array:
+    """log Σ exp over the last axis; -inf of nothing, with a derivative of 0."""
+    peak = lax.stop_gradient(jnp.max(log_probs, axis=-1, keepdims=True, initial=-jnp.inf))
+    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+    total = jnp.sum(jnp.exp(log_probs - peak), axis=-1)
+    none = total == 0
+    return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, total)) + peak[..., 0])
+
+
+def _log1mexp(x: Array) -> Array:
+    """log(1 - exp x) for x < 0, without cancellation."""
+    near = x > -0.6931472
+    a = jnp.log(-jnp.expm1(jnp.where(near, x, -1)))
+    b = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
+    return jnp.where(near, a, b)
