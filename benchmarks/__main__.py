@@ -20,7 +20,7 @@ from benchmarks import report, shapes, torch_peers
 from benchmarks.budgets import all_budgets
 from benchmarks.cases import DIVERGENCES, KINDS, Case, Floor, Kind, Rates, floor
 from benchmarks.peers import Contender, contenders
-from benchmarks.runner import Limits, device_memory, measure, measure_rates, memory_by_tokens
+from benchmarks.runner import Limits, device_memory, measure, measure_rates, memory_of
 
 _PACKAGES = ("jax", "jaxlib", "kljax", "numpy", "optax", "torch", "liger_kernel", "libtpu")
 _HELP = """\
@@ -29,7 +29,7 @@ torch.compile and (on NVIDIA GPUs) Liger-Kernel, all in this run and called in t
 
     pip install -e '.[benchmarks]'           # torch and libtpu are found where installed
     python -m benchmarks --quick             # small shapes, under a minute: does it all work?
-    python -m benchmarks --budgets           # the bounds the library holds itself to, about 5 minutes
+    python -m benchmarks --budgets           # the bounds that the library holds itself to
     python -m benchmarks --models            # shapes of real models, cut to memory and time
     python -m benchmarks --models --case 'head.*forward' --contender kljax --contender optax
 """
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found["rates"] = rates._asdict()
 
     if options.preset == "budgets":
-        found["budgets"] = [budget._asdict() for budget in all_budgets(chosen, limits)]
+        for budget in all_budgets(chosen, limits):
+            found["budgets"].append(budget._asdict())
+            print(f"{report.MET[budget.met]:12} {budget.measure}: {budget.measured}", flush=True)
     for case in _cases(options, rates, limits):
         print(f"\n{case.name}", flush=True)
         found["cases"].append(measure(case, chosen, rates, limits))
@@ -59,8 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = re.sub(r"\W+", "-", found["run"]["device"]).strip("-")
     stem = options.output / f"{device}-jax-{jax.__version__}-{options.preset}"
     paths = report.write(found, stem)
-    if found["budgets"]:
-        print(report.markdown({**found, "cases": []}))
     print("\n".join(["", *map(str, paths)]))
     return 0
 
@@ -111,7 +111,9 @@ def _device() -> str:
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     model = names[0].split(":")[1].strip() if names else platform.machine()
     return f"{os.cpu_count()} cores {model}"
 
@@ -133,7 +135,7 @@ def _cases(options: argparse.Namespace, rates: Rates, limits: Limits) -> list[Ca
     for shape in [shapes.QUICK] if options.preset == "quick" else shapes.MODELS:
         for dtype in options.dtype or [shape.dtype]:
             for kind in KINDS:
-                divergences = DIVERGENCES if kind in ("logits", "head") else DIVERGENCES[:1]
+                divergences = DIVERGENCES[:1] if "top-k" in kind else DIVERGENCES
                 found += [_fitting(shape, kind, each, dtype, rates, limits) for each in divergences]
     return [case for case in found if re.search(options.case or "", case.name)]
 
@@ -168,12 +170,9 @@ def _memory(options: argparse.Namespace, chosen: list[Contender]) -> list[dict[s
     quick = options.preset == "quick"
     shape = shapes.QUICK if quick else shapes.MEMORY_MODEL
     tokens = shapes.QUICK_TOKENS if quick else shapes.TOKENS
-    found = []
-    for kind in KINDS[:2]:
-        found += memory_by_tokens(
-            lambda n, kind=kind: _case(shape, kind, "forward_kl", shape.dtype, n), chosen, tokens
-        )
-    return found
+    kinds: tuple[Kind, ...] = ("logits", "head")
+    cases = [_case(shape, kind, "forward_kl", shape.dtype, n) for kind in kinds for n in tokens]
+    return memory_of(cases, chosen)
 
 
 def _line(found: dict[str, Any]) -> str:

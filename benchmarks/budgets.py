@@ -3,18 +3,17 @@
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import kljax
 from benchmarks import shapes, torch_peers, tpu_bytes
 from benchmarks.cases import DIVERGENCES, Case, Inputs, inputs, structs
 from benchmarks.peers import Contender, Loss, kljax_dense, kljax_loss
-from benchmarks.runner import Call, Limits, compile_jax, in_turn, memory, summary
+from benchmarks.runner import Call, Limits, compile_gradient, in_turn, memory, summary
 
 
 class Budget(NamedTuple):
@@ -31,16 +30,16 @@ _DTYPES = ("float32", "bfloat16")
 _TEMPORARY = 0.15  # of one logits array
 
 
-def all_budgets(contenders: list[Contender], limits: Limits) -> list[Budget]:
-    """Every bound, in the order in which the design lists them."""
-    found = []
+def all_budgets(contenders: list[Contender], limits: Limits) -> Iterator[Budget]:
+    """Every bound, one after another as they are measured."""
     for dtype in _DTYPES:
-        found += _two_logits(dtype, contenders, limits)
-    found += _head(limits)
-    found.append(_on_tpu())
-    found += [_no_wide_copy(divergence) for divergence in DIVERGENCES]
-    found += _scaling(limits)
-    return found
+        yield from _two_logits(dtype, contenders, limits)
+    yield from _head(limits)
+    yield _on_tpu()
+    for divergence in DIVERGENCES:
+        yield _no_wide_copy(divergence)
+    yield _slope("N", shapes.SCALING_TOKENS, limits)
+    yield _slope("V", shapes.SCALING_VOCAB, limits)
 
 
 def logits_case(divergence: str, dtype: str) -> Case:
@@ -59,10 +58,13 @@ def _two_logits(dtype: str, contenders: list[Contender], limits: Limits) -> list
         for divergence in DIVERGENCES
     }
     for peer in contenders:
-        if peer.name == "optax":
-            calls[peer.name] = _value_and_grad(peer.loss(forward), given)
-        elif peer.name == "torch.compile":
-            calls[peer.name] = torch_peers.prepare(forward, peer.loss(forward), given)[1]
+        loss = peer.loss(forward) if peer.name in ("optax", "torch.compile") else None
+        if loss is None:
+            continue
+        if peer.torch:
+            calls[peer.name] = torch_peers.prepare(forward, loss, given)[1]
+        else:
+            calls[peer.name] = _value_and_grad(loss, given)
     samples = in_turn(calls, limits)
     what = f"forward KL, value + gradient, {_shape(forward)} {dtype}"
     found = [
@@ -97,23 +99,27 @@ def _temporaries(dtype: str) -> dict[str, int]:
             f'{name} "none" then .mean()': lambda s, t, each=each: each(*s, *t).mean(),
         }
         for use, loss in uses.items():
-            found[use] = memory(compile_jax(loss, given)[1])["temporary"]
-        along = jax.jit(lambda s, t, s_dot, mean=mean: jax.jvp(lambda x: mean((x,), (t,)), (s,), (s_dot,)))
-        found[f"jvp of {name}"] = memory(along.lower(student, teacher, student).compile())["temporary"]
+            found[use] = memory(compile_gradient(loss, given))["temporary"]
+        along = jax.jit(
+            lambda s, t, s_dot, mean=mean: jax.jvp(lambda x: mean((x,), (t,)), (s,), (s_dot,))
+        )
+        found[f"jvp of {name}"] = memory(along.lower(student, teacher, student).compile())[
+            "temporary"
+        ]
     return found
 
 
 def _no_wide_copy(divergence: str) -> Budget:
     """No float32 array of the size of the 16-bit logits, in what the compiler made."""
     case = logits_case(divergence, "bfloat16")
-    text = compile_jax(kljax_loss(case), structs(case))[1].as_text()
+    text = compile_gradient(kljax_loss(case), structs(case)).as_text()
     count = len(wide_arrays(text, case.tokens * case.vocab))
     measure = f"float32 arrays of logits size in the compiled {divergence}, bfloat16"
     return Budget(measure, "0", str(count), count == 0, {})
 
 
 def wide_arrays(hlo: str, elements: int) -> list[str]:
-    """The float32 results of at least so many elements that are stored: not those inside a fusion."""
+    """Instructions that store float32 results of at least so many elements: none in a fusion."""
     fused = set(re.findall(r"fusion\(.*calls=%?([\w.-]+)", hlo))
     found, inside = [], False
     for line in hlo.splitlines():
@@ -136,8 +142,8 @@ def _head(limits: Limits) -> list[Budget]:
     tokens, hidden = shapes.BUDGET_HEAD_TOKENS, shapes.BUDGET_HEAD_HIDDEN
     case = Case("head", "forward_kl", "float32", tokens, shapes.BUDGET_HEAD_VOCAB, hidden, hidden)
     given = inputs(case)
-    programs = {"fused": compile_jax(kljax_loss(case), given)[1]}
-    programs["dense"] = compile_jax(kljax_dense(case), given)[1]
+    programs = {"fused": compile_gradient(kljax_loss(case), given)}
+    programs["dense"] = compile_gradient(kljax_dense(case), given)
     calls = {name: _calling(program, given) for name, program in programs.items()}
     samples = in_turn(calls, limits)
     sizes = {name: memory(program)["temporary"] for name, program in programs.items()}
@@ -154,7 +160,9 @@ def _head(limits: Limits) -> list[Budget]:
 
 
 def _on_tpu() -> Budget:
-    measure = "bytes accessed on TPU (v5e, ahead of time), value + gradient, 4096x65536 bfloat16, over three passes"
+    measure = (
+        "bytes over three passes, TPU v5e ahead of time, value + gradient, 4096x65536 bfloat16"
+    )
     found = tpu_bytes.in_another_process()
     if isinstance(found, str):
         return Budget(measure, "≤ 1.7", f"not measured: {found}", None, {})
@@ -167,19 +175,14 @@ def _on_tpu() -> Budget:
 # --- scaling ---
 
 
-def _scaling(limits: Limits) -> list[Budget]:
-    """Time of value and gradient against tokens and against vocabulary."""
-    sweeps = {"N": shapes.SCALING_TOKENS, "V": shapes.SCALING_VOCAB}
-    return [_slope(name, sweep, limits) for name, sweep in sweeps.items()]
-
-
 def _slope(name: str, sweep: Sequence[tuple[int, int]], limits: Limits) -> Budget:
+    """How the time of value and gradient grows with tokens or with vocabulary."""
     measure = f"log-log slope of forward KL's time against {name}, float32"
     sizes, calls = [], {}
     for tokens, vocab in sweep:
         case = Case("logits", "forward_kl", "float32", tokens, vocab)
         loss = kljax_loss(case)
-        held = memory(compile_jax(loss, structs(case))[1])["peak"]
+        held = memory(compile_gradient(loss, structs(case)))["peak"]
         if held + sum(2 * size for size in sizes) > limits.memory:
             break
         sizes.append(case.logits_bytes)
@@ -201,7 +204,7 @@ def fit_slope(sizes: Sequence[float], times: Sequence[float]) -> float:
 
 
 def _value_and_grad(loss: Loss, given: Inputs) -> Call:
-    return _calling(compile_jax(loss, given)[1], given)
+    return _calling(compile_gradient(loss, given), given)
 
 
 def _calling(program: Callable[..., Any], given: Inputs) -> Call:
@@ -214,7 +217,7 @@ def _faster(
     """How many times as fast as a peer, which may not be installed."""
     text = f"≥ {bound:g}"
     if theirs not in samples:
-        return Budget(measure, text, f"not measured: {theirs} is not installed", None, {})
+        return Budget(measure, text, f"not measured: no {theirs} in this run", None, {})
     ratio = _median_ratio(samples, theirs, ours)
     return _budget(measure, text, ratio, ratio >= bound, {n: samples[n] for n in (ours, theirs)})
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+import kljax
+
 Kind = Literal["logits", "head", "top-k", "top-k head"]
 KINDS: tuple[Kind, ...] = ("logits", "head", "top-k", "top-k head")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
@@ -80,19 +82,21 @@ def structs(case: Case) -> Inputs:
 
 
 def inputs(case: Case, seed: int = 0) -> Inputs:
-    """Logits of standard deviation 2; a student of logits is near its teacher, as late in training."""
+    """Logits of standard deviation 2; where both sides hold logits, the student's are near."""
     teacher_key, student_key = jax.random.split(jax.random.key(seed))
-    teacher_logits = _logits(teacher_key, case) if case.kind != "head" else None
+    if case.kind == "head":
+        student = _head(student_key, case, case.hidden)
+        teacher = _head(teacher_key, case, case.teacher_hidden)
+        return jax.block_until_ready(Inputs(student, teacher))
+    logits = _logits(teacher_key, case)
     if case.has_head:
         student = _head(student_key, case, case.hidden)
     else:
-        student = (_near(student_key, teacher_logits),)
-    if case.kind == "head":
-        teacher = _head(teacher_key, case, case.teacher_hidden)
-    elif case.has_top_k:
-        teacher = _top_k(teacher_logits, case.k)
-    else:
-        teacher = (teacher_logits,)
+        student = (_near(student_key, logits),)
+    teacher = (logits,)
+    if case.has_top_k:
+        best = kljax.top_k(logits, case.k)
+        teacher = (best.indices, best.log_probs, best.log_tail)
     return jax.block_until_ready(Inputs(student, teacher))
 
 
@@ -114,14 +118,6 @@ def _head(key: Array, case: Case, size: int) -> tuple[Array, Array]:
     return hidden, kernel * (2 / size**0.5)
 
 
-@jax.jit(static_argnames="k")
-def _top_k(logits: Any, k: int) -> tuple[Array, Array, Array]:
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    best, indices = jax.lax.top_k(log_probs, k)
-    rest = log_probs.at[jnp.arange(len(logits))[:, None], indices].set(-jnp.inf)
-    return indices, best, jax.nn.logsumexp(rest, axis=-1)
-
-
 class Rates(NamedTuple):
     """What the device was seen to reach in this run."""
 
@@ -137,7 +133,7 @@ class Floor(NamedTuple):
 
 
 def floor(case: Case, rates: Rates) -> Floor:
-    """Each input read and each gradient written once, or the matrix products, whichever is longer."""
+    """Inputs read and gradients written once, or the matrix products where they take longer."""
     given = structs(case)
     read = _bytes(given.student) + _bytes(given.teacher)
     written = _bytes(given.student)

@@ -109,9 +109,7 @@ def _logits(given: tuple[Any, ...]) -> Array:
     return given[0] if len(given) == 1 else given[0] @ given[1]
 
 
-def _log_probs(
-    case: Case, student: tuple[Any, ...], teacher: tuple[Any, ...], dtype: Any
-) -> Pair:
+def _log_probs(case: Case, student: tuple[Any, ...], teacher: tuple[Any, ...], dtype: Any) -> Pair:
     """Log-probabilities of both sides; with a top-k teacher over its classes and the rest."""
     log_q = jax.nn.log_softmax(_logits(student).astype(dtype))
     if not case.has_top_k:

@@ -1,6 +1,6 @@
 """The gradient in NumPy float64, from its formula, on a few tokens and a few classes.
 
-Through the softmax s of logits z, a divergence with slope u_c = dD/ds_c has dD/dz_i = s_i (u_i - Σ s u).
+A divergence with slope u_c = dD/ds_c has dD/dz_i = s_i (u_i - Σ_c s_c u_c) through s = softmax(z).
 A top-k teacher sees the classes outside its own as one, whose slope they share.
 """
 
@@ -51,7 +51,8 @@ def error(exact: Reference, rows: Array, columns: Array | None) -> float:
     pairs = [(exact.rows, rows)]
     if exact.columns is not None and columns is not None:
         pairs.append((exact.columns, columns))
-    return max(float(np.max(np.abs(got - want)) / np.max(np.abs(want))) for want, got in pairs)
+    largest = [np.max(np.abs(got - want)) / np.max(np.abs(want)) for want, got in pairs]
+    return float(np.max(largest))  # NaN if any is
 
 
 def logits_gradient(divergence: str, student: Array, teacher: Array, groups: Array | None) -> Array:

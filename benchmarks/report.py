@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-_PARTS = {"value": "value", "value_and_grad": "value + gradient"}
+MET = {True: "yes", False: "NO", None: "not measured"}
+_PARTS = ("value", "value_and_grad")
 
 
 def write(report: dict[str, Any], stem: Path) -> list[Path]:
@@ -61,21 +62,23 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def _rates(rates: dict[str, Any]) -> Iterator[str]:
-    yield f"Measured in this run: {rates['bandwidth'] / 1e9:.1f} GB/s read and written; matrix products"
-    yield ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates["operations"].items()) + "."
+    products = (
+        f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in rates["operations"].items()
+    )
+    yield f"Measured in this run: {rates['bandwidth'] / 1e9:.1f} GB/s read and written;"
+    yield f"matrix products {', '.join(products)}."
 
 
 def _budgets(budgets: list[dict[str, Any]]) -> Iterator[str]:
-    words = {True: "yes", False: "NO", None: "not measured"}
-    rows = [[b["measure"], b["bound"], b["measured"], words[b["met"]]] for b in budgets]
+    rows = [[b["measure"], b["bound"], b["measured"], MET[b["met"]]] for b in budgets]
     return _table(["measure", "bound", "measured", "met"], rows)
 
 
 def _legend() -> list[str]:
     return [
-        "Times in ms: the median (least to most) of calls taken in turn. × is over the floor: every",
-        "input read and every gradient written once, or the matrix products, at the rates above.",
-        "Memory as the compiler counts it, of value + gradient: beyond inputs and outputs, and all.",
+        "Times in ms: the median (least to most) of calls taken in turn. × is over the floor: each",
+        "input read and each gradient written once, or the matrix products, at the rates above.",
+        "Memory of value + gradient as the compiler counts it: beyond inputs and outputs, and all.",
         "Error: the largest of the gradient against float64, over the gradient's largest entry.",
     ]
 
@@ -123,7 +126,10 @@ def _memory(found: list[dict[str, Any]]) -> Iterator[str]:
         yield from _table(
             ["contender", *(f"{n} tokens" for n in tokens)],
             [
-                [name, *(size(r["temporary"]) if r["status"] == "ok" else r["status"] for r in each)]
+                [
+                    name,
+                    *(size(r["temporary"]) if r["status"] == "ok" else r["status"] for r in each),
+                ]
                 for (name,), each in by_name.items()
             ],
         )

@@ -1,5 +1,6 @@
 """Compile every contender, call them in turn, and time each call."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -63,10 +64,14 @@ def _matmul_rate(dtype: str, seconds: float) -> float:
     size, best = 512, 0.0
     while best < seconds:
         size *= 2
-        x = jnp.ones((size, size), dtype)
-        product = jax.jit(jnp.matmul).lower(x, x).compile()
-        best = min(_timed(lambda: jax.block_until_ready(product(x, x))) for _ in range(5))
+        best = _product_seconds(size, dtype)
     return 2 * size**3 / best
+
+
+def _product_seconds(size: int, dtype: str) -> float:
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    return min(_timed(lambda: jax.block_until_ready(product(x, x))) for _ in range(5))
 
 
 def _timed(call: Call) -> float:
@@ -112,12 +117,9 @@ def summary(samples: list[float]) -> dict[str, Any]:
 # --- programs ---
 
 
-def compile_jax(loss: Loss, given: Inputs) -> tuple[Any, Any]:
-    """Value, and value with gradients to the student, compiled for arrays or their shapes."""
-    student, teacher = given
-    value = jax.jit(loss).lower(student, teacher).compile()
-    value_and_grad = jax.jit(jax.value_and_grad(loss)).lower(student, teacher).compile()
-    return value, value_and_grad
+def compile_gradient(loss: Loss, given: Inputs) -> Any:
+    """Value with gradients to the student, compiled for arrays or for their shapes."""
+    return jax.jit(jax.value_and_grad(loss)).lower(*given).compile()
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -140,14 +142,14 @@ def _program(contender: Contender, case: Case, given: Inputs, limits: Limits) ->
             return f"would need about {_size(needed)}"
         value, value_and_grad = torch_peers.prepare(case, loss, given)
         return Program(value, value_and_grad, {}, torch_peers.gathered)
-    value, value_and_grad = compile_jax(loss, given)
+    value = jax.jit(loss).lower(*given).compile()
+    value_and_grad = compile_gradient(loss, given)
     needed = memory(value_and_grad)
     if needed["peak"] > limits.memory:
         return f"needs {_size(needed['peak'])}"
-    student, teacher = given
     return Program(
-        lambda: jax.block_until_ready(value(student, teacher)),
-        lambda: jax.block_until_ready(value_and_grad(student, teacher))[1],
+        lambda: jax.block_until_ready(value(*given)),
+        lambda: jax.block_until_ready(value_and_grad(*given))[1],
         {"value_temporary": memory(value)["temporary"], **needed},
         lambda x, index, axis: np.asarray(jnp.take(x, np.array(index), axis)).astype(np.float64),
     )
@@ -210,7 +212,9 @@ def _measured(
         return {}
     exact = reference.reference(case, given)
     calls = {(name, "value"): program.value for name, program in programs.items()}
-    calls |= {(name, "value_and_grad"): program.value_and_grad for name, program in programs.items()}
+    calls |= {
+        (name, "value_and_grad"): program.value_and_grad for name, program in programs.items()
+    }
     samples = in_turn(calls, limits)
     return {
         name: {
@@ -230,23 +234,18 @@ def _error(exact: reference.Reference, program: Program) -> float:
     return reference.error(exact, rows, columns)
 
 
-def memory_by_tokens(
-    case_for: Callable[[int], Case], contenders: list[Contender], tokens: Iterable[int]
-) -> list[dict[str, Any]]:
-    """Bytes of value and gradient for ever more tokens, compiled only: no array is made."""
+def memory_of(cases: Iterable[Case], contenders: list[Contender]) -> list[dict[str, Any]]:
+    """Bytes of value and gradient, compiled only: no array is made, so none can be too large."""
     found = []
-    for n in tokens:
-        case = case_for(n)
-        for contender in contenders:
-            loss = None if contender.torch else contender.loss(case)
-            if loss is None:
-                continue
-            try:
-                compiled = jax.jit(jax.value_and_grad(loss)).lower(*structs(case)).compile()
-            except Exception as failure:
-                status = _reason(contender, failure)
-                found.append({**vars(case), "contender": contender.name, "status": status})
-            else:
-                sizes = memory(compiled)
-                found.append({**vars(case), "contender": contender.name, "status": "ok", **sizes})
+    for case, contender in itertools.product(cases, contenders):
+        loss = None if contender.torch else contender.loss(case)
+        if loss is None:
+            continue
+        row = {**vars(case), "contender": contender.name}
+        try:
+            sizes = memory(compile_gradient(loss, structs(case)))
+        except Exception as failure:
+            found.append({**row, "status": _reason(contender, failure)})
+        else:
+            found.append({**row, "status": "ok", **sizes})
     return found

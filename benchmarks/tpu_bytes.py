@@ -34,7 +34,11 @@ def in_another_process(timeout: float = 600) -> dict[str, float] | str:
     command = [sys.executable, "-m", "benchmarks.tpu_bytes"]
     try:
         done = subprocess.run(
-            command, env={**os.environ, **_SETTINGS}, capture_output=True, text=True, timeout=timeout
+            command,
+            env={**os.environ, **_SETTINGS},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return f"the compiler took longer than {timeout:g} s"
