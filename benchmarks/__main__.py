@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["cases"].append(measure(case, chosen, rates, limits))
         for each in found["cases"][-1]["contenders"]:
             print(_line(each), flush=True)
-    if options.preset != "budgets" and not options.case:
-        found["memory"] = _memory(options, chosen)
+    found["memory"] = memory_of(_memory_cases(options), chosen)
 
     device = re.sub(r"\W+", "-", found["run"]["device"]).strip("-")
     stem = options.output / f"{device}-jax-{jax.__version__}-{options.preset}"
@@ -131,13 +131,17 @@ def _rates(options: argparse.Namespace) -> Rates:
 def _cases(options: argparse.Namespace, rates: Rates, limits: Limits) -> list[Case]:
     if options.preset == "budgets":
         return []
+    quick = options.preset == "quick"
     found = []
-    for shape in [shapes.QUICK] if options.preset == "quick" else shapes.MODELS:
-        for dtype in options.dtype or [shape.dtype]:
-            for kind in KINDS:
-                divergences = DIVERGENCES[:1] if "top-k" in kind else DIVERGENCES
-                found += [_fitting(shape, kind, each, dtype, rates, limits) for each in divergences]
-    return [case for case in found if re.search(options.case or "", case.name)]
+    for shape in [shapes.QUICK] if quick else shapes.MODELS:
+        for dtype, kind in itertools.product(options.dtype or [shape.dtype], KINDS):
+            divergences = DIVERGENCES[:1] if quick or "top-k" in kind else DIVERGENCES
+            found += [_fitting(shape, kind, each, dtype, rates, limits) for each in divergences]
+    return _named(found, options)
+
+
+def _named(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    return [case for case in cases if re.search(options.case or "", case.name)]
 
 
 def _case(shape: shapes.Shape, kind: Kind, divergence: str, dtype: str, tokens: int) -> Case:
@@ -166,13 +170,16 @@ def _fitting(
     return next((case for case in reversed(cases) if fits(case)), cases[0])
 
 
-def _memory(options: argparse.Namespace, chosen: list[Contender]) -> list[dict[str, Any]]:
+def _memory_cases(options: argparse.Namespace) -> list[Case]:
+    """Two logits arrays, and two heads, of ever more tokens."""
+    if options.preset == "budgets":
+        return []
     quick = options.preset == "quick"
     shape = shapes.QUICK if quick else shapes.MEMORY_MODEL
     tokens = shapes.QUICK_TOKENS if quick else shapes.TOKENS
     kinds: tuple[Kind, ...] = ("logits", "head")
     cases = [_case(shape, kind, "forward_kl", shape.dtype, n) for kind in kinds for n in tokens]
-    return memory_of(cases, chosen)
+    return _named(cases, options)
 
 
 def _line(found: dict[str, Any]) -> str:
