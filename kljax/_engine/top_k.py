@@ -65,7 +65,8 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     best = jnp.where(valid, best, -jnp.inf)
     sides.append(_Seen(best, _rest(given.log_tail, best)))
     inputs = tuple(_on_few_classes(sides, given.tail))
-    few = spec._replace(kinds=("log_probs",) * len(inputs), axis=(classes,))
+    kinds = ("log_probs",) * len(inputs)
+    few = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
     return few, operands._replace(inputs=inputs, where=None, temperature=None)
 
 
