@@ -167,8 +167,9 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
     shift = a.softmax.peak - b.softmax.peak
     near = jnp.abs(shift) < _NEAR_PEAKS
-    a_base, b_base = (jnp.where(near, 0, side.softmax.peak) for side in (a, b))
-    difference = ((a.logs - a_base) - (b.logs - b_base)) - jnp.where(near, shift, 0)
+    a_below = a.logs - jnp.where(near, 0, a.softmax.peak)
+    b_below = b.logs - jnp.where(near, 0, b.softmax.peak)
+    difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = statistics.scale(difference, 1 / temperature)
     excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass
