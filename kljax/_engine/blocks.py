@@ -108,7 +108,7 @@ def sweep(
         for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
-    def step(k: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+    def step(k: Any, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
         more, new = body(read(k))
         sums, rows = carry
         sums = [a + b for a, b in zip(sums, more, strict=True)]
@@ -253,7 +253,7 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
         whole = x.shape
         split = _split(blocks, whole, axes, None)[0]
 
-        def step(k: Array | None, x: Array) -> Array:
+        def step(k: Any, x: Array) -> Array:
             _, start, size = _split(blocks, whole, axes, k)
             block = lax.dynamic_slice(x, start, size)
             return lax.dynamic_update_slice(x, factor.astype(x.dtype) * block, start)
