@@ -29,6 +29,7 @@ ORDER = [
     "kljax._engine.dense",
     "kljax._engine.closures",
     "kljax._engine.representation",
+    "kljax._engine.statistics",
     "kljax._engine.checks",
     "kljax._engine.terms",
     "kljax._engine",
