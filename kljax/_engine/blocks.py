@@ -97,7 +97,12 @@ def sweep(
 
     def read(k: Any) -> list[Array]:
         tied = leaves if k is None else _tied(leaves, axes, k)
-        return [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
+        block = [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
+        # Cut once: else XLA:CPU would cut the whole anew for every reader of the block.
+        return [
+            x if a is None else lax.optimization_barrier(x)
+            for x, a in zip(block, axes, strict=True)
+        ]
 
     shapes = jax.eval_shape(lambda: body(read(jnp.int32(0))))
     zeros = _zeros_like_varying(leaves)
