@@ -216,7 +216,7 @@ def _squeeze(
         taken, got = remaining.pop(0), sizes.pop(0)
         if taken != n:
             remaining.pop(0)
-            sizes.pop(0)
+            got *= sizes.pop(0)
         block.append(got)
     return tuple(block)
 
@@ -272,9 +272,7 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     @in_place.def_vmap
     def _(size: int, mapped: list[bool], x: Array, factor: Array) -> tuple[Array, bool]:
         # A loop whose length differs from one to the next would copy everything at each step.
-        factor = factor.reshape(
-            factor.shape + (1,) * (x.ndim - factor.ndim if mapped[0] else x.ndim)
-        )
-        return factor.astype(x.dtype) * x, True
+        x = x if mapped[0] else x[None]
+        return factor.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x, True
 
     return in_place(x, factor)

@@ -1,0 +1,77 @@
+"""Blocks of examples cover a batch once, whatever its shape."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kljax._engine.blocks import Blocks, exactly, fitting, rescale, sweep, whole
+
+CUTS = [
+    whole((5, 3)),
+    Blocks((12,), (4,)),  # every third row
+    Blocks((13,), (4,)),  # neighbours, and one of the rest
+    Blocks((6, 10), (3, 2)),
+    Blocks((6, 11), (3, 2)),  # one axis cut evenly, the other with a rest
+    Blocks((7, 4), (7, 2)),
+]
+
+
+@pytest.mark.parametrize("blocks", CUTS, ids=lambda b: f"{b.batch}-{b.extents}")
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_sweep_sees_each_row_once(blocks, dtype):
+    """Rows come back in their places, sums count each once; what is shared is passed as it is."""
+    n = len(blocks.batch)
+    x = jnp.arange(math.prod(blocks.batch) * 2).reshape(2, *blocks.batch).astype(dtype)
+    axes = tuple(range(1, n + 1))
+    ones, shared = jnp.ones((1,) * n), jnp.float32(3)
+
+    def body(block):
+        x, ones, shared = block
+        y = x.astype(jnp.float32) * shared + ones
+        return [jnp.sum(y)], [y.astype(dtype), jnp.sum(y, 0)]
+
+    leaves, leaf_axes = [x, ones[None], shared], [axes, axes, None]
+    out_axes = [axes, tuple(range(n))]
+    want = body(leaves)
+    got = jax.jit(lambda *leaves: sweep(blocks, leaves, leaf_axes, body, out_axes))(*leaves)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    for factor in (1.0, 0.5):
+        scaled = jax.jit(lambda x, c: rescale(blocks, axes, x, c))(x, jnp.float32(factor))
+        np.testing.assert_array_equal(scaled, x * jnp.asarray(factor, dtype))
+
+
+def test_mapped_factors_scale_each_its_own():
+    """Also where only the factor is mapped, or only the array."""
+    x, factors = jnp.arange(12.0).reshape(12, 1), jnp.array([1.0, 2.0])
+    scale = lambda x, c: rescale(CUTS[1], (0,), x, c)  # noqa: E731
+    want = np.stack([x, 2 * x])
+    np.testing.assert_array_equal(jax.vmap(scale, (None, 0))(x, factors), want)
+    both = jnp.stack([x, x])
+    np.testing.assert_array_equal(jax.vmap(scale)(both, factors), want)
+    np.testing.assert_array_equal(jax.vmap(scale, (0, None))(both, factors[1]), 2 * both)
+
+
+@pytest.mark.parametrize(
+    "batch", [(1024,), (1000,), (1021,), (8, 2048), (16, 1021), (37, 1021), (3, 5), (64, 64, 64)]
+)
+@pytest.mark.parametrize("rows", [1, 16, 256])
+def test_blocks_fit(batch, rows):
+    """Nothing is left out, at most one axis has a rest, and a block is about as large as asked."""
+    for blocks in (fitting(batch, rows), exactly(batch, rows)):
+        uneven = [n % e for n, e in zip(batch, blocks.extents, strict=True) if n % e]
+        assert len(uneven) <= 1
+        assert (blocks.rest is None) == (not uneven)
+        assert all(0 < e <= n for n, e in zip(batch, blocks.extents, strict=True))
+    assert math.prod(exactly(batch, rows).extents) <= rows
+    # An axis keeps 8 rows or so, for as many devices; a block of them is the least there is.
+    assert math.prod(fitting(batch, rows).extents) <= max(2 * rows, 16 ** len(batch))
+
+
+def test_a_batch_of_a_power_of_two_is_cut_for_devices():
+    """Each block of 1024 rows takes rows of every eighth of the batch."""
+    assert fitting((1024,), 16).extents == (16,)
+    assert fitting((8, 2048), 16).extents == (8, 8)
