@@ -78,13 +78,15 @@ def _legend() -> list[str]:
     return [
         "Times in ms: the median (least to most) of calls taken in turn. × is over the floor: each",
         "input read and each gradient written once, or the matrix products, at the rates above.",
-        "Memory of value + gradient as the compiler counts it: beyond inputs and outputs, and all.",
+        "Memory of value + gradient as the compiler counts it: beyond inputs and outputs, and all;",
+        "and what the process grew by at most, which includes scratch that no compiler counts.",
         "Error: the largest of the gradient against float64, over the gradient's largest entry.",
     ]
 
 
 def _cases(cases: list[dict[str, Any]]) -> Iterator[str]:
-    header = ["contender", "value", "×", "value + gradient", "×", "temporary", "all", "error"]
+    header = ["contender", "value", "×", "value + gradient", "×"]
+    header += ["temporary", "all", "grown", "error"]
     for case in cases:
         yield f"### {case['name']}"
         yield ""
@@ -94,12 +96,13 @@ def _cases(cases: list[dict[str, Any]]) -> Iterator[str]:
 
 def _row(found: dict[str, Any]) -> list[str]:
     if found["status"] != "ok":
-        return [found["contender"], found["status"], *[""] * 6]
+        return [found["contender"], found["status"], *[""] * 7]
     cells = [found["contender"]]
     for part in _PARTS:
         cells += [_spread(found[part]), f"{found[f'{part}_over_floor']:.2f}"]
     sizes = found["memory"]
     cells += [size(sizes[name]) if sizes else "n/a" for name in ("temporary", "peak")]
+    cells.append("n/a" if found["grown"] is None else size(found["grown"]))
     return [*cells, f"{found['gradient_error']:.1e}"]
 
 
