@@ -44,6 +44,8 @@ def best(rng, k=K, **options):
 def padded(kept):
     """The same, but the last entry of two examples is padding, of an index that is in use."""
     kept = {name: x.copy() for name, x in kept.items()}
+    dropped = kept["log_probs"][[1, 4], -1]
+    kept["log_tail"][[1, 4]] = np.logaddexp(kept["log_tail"][[1, 4]], dropped)
     kept["log_probs"][[1, 4], -1] = -np.inf
     kept["indices"][[1, 4], -1] = kept["indices"][[1, 4], 0]
     return kept

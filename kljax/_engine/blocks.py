@@ -77,6 +77,13 @@ def exactly(batch: tuple[int, ...], rows: int) -> Blocks:
     return Blocks(batch, tuple(extents))
 
 
+def block_shapes(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> set[tuple[int, ...]]:
+    """The shapes that the blocks of an array have, and that of the rest."""
+    ks = [0] if blocks.rest is None else [0, None]
+    cuts = (_split(blocks, shape, axes, k) for k in ks)
+    return {_squeeze(full, size, shape) for full, _, size in cuts}
+
+
 def sweep(
     blocks: Blocks,
     leaves: Sequence[Array],
@@ -101,7 +108,7 @@ def sweep(
         for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
-    def step(k: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+    def step(k: Any, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
         more, new = body(read(k))
         sums, rows = carry
         sums = [a + b for a, b in zip(sums, more, strict=True)]
@@ -171,7 +178,7 @@ def _split(
             full, start, size = [*full, extent, count], [*start, 0, 0], [*size, extent, count]
         else:
             full, start, size = [*full, extent, count], [*start, 0, number[i]], [*size, extent, 1]
-    return tuple(full), start, tuple(size)
+    return tuple(full), [jnp.asarray(at, jnp.int32) for at in start], tuple(size)
 
 
 def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:
@@ -246,7 +253,7 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
         whole = x.shape
         split = _split(blocks, whole, axes, None)[0]
 
-        def step(k: Array | None, x: Array) -> Array:
+        def step(k: Any, x: Array) -> Array:
             _, start, size = _split(blocks, whole, axes, k)
             block = lax.dynamic_slice(x, start, size)
             return lax.dynamic_update_slice(x, factor.astype(x.dtype) * block, start)

@@ -13,7 +13,15 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
-from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
+from kljax._engine.representation import (
+    ABSENT,
+    Kind,
+    Operands,
+    Spec,
+    View,
+    to_input,
+    view,
+)
 from kljax._engine.terms import weigh
 
 
@@ -139,8 +147,9 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
 def _refined(total: Array, slope: Array, axis: tuple[int, ...]) -> Array:
     """The sum of the slopes as they were rounded, where one more pass over them costs little.
 
-    To take it off removes the rounding of the masses, which shows where both sides are close. As
-    the sum is known but for rounding, the difference is a constant to derivatives.
+    To take it off removes the rounding of the masses, which shows where both sides are close; on
+    accelerators it stays, as it does in the plain formula. As the sum is known but for rounding,
+    the difference is a constant to derivatives.
     """
     rounding = lax.platform_dependent(
         *lax.stop_gradient((total, slope)),
@@ -158,6 +167,10 @@ def _params_tangent(
     moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
     if not moving:
         return jnp.zeros_like(jnp.sum(seen.log_ratio, axis=spec.axis))
+
+    if present is not None:  # before the term: 0 · NaN in its transpose would be NaN
+        hidden = tuple(jnp.where(present, x, ABSENT) for x in seen.log_probs)
+        seen = View(seen.sides, hidden, jnp.where(present, seen.log_ratio, 0))
 
     def along(*moved: Array) -> Array:
         whole = list(leaves)

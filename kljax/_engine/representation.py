@@ -21,7 +21,7 @@ Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
 
 # What a term is shown at a class that does not exist; its answer there is dropped.
-_ABSENT = math.log(0.5)
+ABSENT = math.log(0.5)
 
 # Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
 _NEAR_PEAKS = 16
@@ -41,7 +41,7 @@ class Spec(NamedTuple):
 class Operands(NamedTuple):
     """What to compute it from; all arrays broadcast against the whole input, batch and classes."""
 
-    inputs: tuple[Array, ...]
+    inputs: tuple[Any, ...]  # arrays; heads and top-k sides until they are resolved
     where: Array | None
     temperature: Array | None
     params: tuple[Any, ...]
@@ -97,10 +97,16 @@ def view(spec: Spec, operands: Operands) -> View:
     ratio = _log_ratio(sides, operands.temperature)
     log_probs = tuple(side.log_probs for side in sides)
     if operands.where is not None:
-        log_probs = tuple(jnp.where(operands.where, x, _ABSENT) for x in log_probs)
+        log_probs = tuple(jnp.where(operands.where, x, ABSENT) for x in log_probs)
         ratio = jnp.where(operands.where, ratio, 0)
     full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
     return View(sides, tuple(full[:-1]), full[-1])
+
+
+def without_heads(spec: Spec) -> Spec:
+    """The same question where every head's logits are there."""
+    kinds: list[Kind] = ["logits" if kind == "head" else kind for kind in spec.kinds]
+    return spec._replace(kinds=tuple(kinds))
 
 
 def log_probs_of(spec: Spec, operands: Operands) -> Array:
@@ -167,8 +173,9 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
     shift = a.softmax.peak - b.softmax.peak
     near = jnp.abs(shift) < _NEAR_PEAKS
-    a_base, b_base = (jnp.where(near, 0, side.softmax.peak) for side in (a, b))
-    difference = ((a.logs - a_base) - (b.logs - b_base)) - jnp.where(near, shift, 0)
+    a_below = a.logs - jnp.where(near, 0, a.softmax.peak)
+    b_below = b.logs - jnp.where(near, 0, b.softmax.peak)
+    difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = statistics.scale(difference, 1 / temperature)
     excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 # Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
 _SERIES_BOUND = 0.5
 
-# Above minus this log(1 + z) is summed as a series, which is exact to the last bit near 0.
+# Below this |z| log(1 + z) is summed as a series, which is exact to the last bit near 0.
 _LOG1P_BOUND = 0.25
 
 
@@ -313,32 +313,45 @@ def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array,
     return jnp.where(r > 0, log_b + over_b, log_a + over_a), over_a, over_b
 
 
-@_log_mixture.defjvp
+@partial(_log_mixture.defjvp, symbolic_zeros=True)
 def _log_mixture_jvp(primals, tangents):
     log_a, log_b, w, _ = primals
     a_dot, b_dot, w_dot, _ = tangents  # the ratio is log b - log a: no fourth variable
     log_m, over_a, over_b = _log_mixture(*primals)
-    a_in_m, b_in_m = jnp.exp(-over_a), jnp.exp(-over_b)
-    m_dot = weigh(w, a_in_m) * a_dot + weigh(1 - w, b_in_m) * b_dot + (a_in_m - b_in_m) * w_dot
-    return (log_m, over_a, over_b), (m_dot, m_dot - a_dot, m_dot - b_dot)
+    m_dot, a_moves, b_moves = jnp.zeros_like(log_m), jnp.zeros_like(log_m), jnp.zeros_like(log_m)
+    if not isinstance(a_dot, SymbolicZero):
+        m_dot, a_moves = m_dot + weigh(w, jnp.exp(-over_a)) * a_dot, a_dot
+    if not isinstance(b_dot, SymbolicZero):
+        m_dot, b_moves = m_dot + weigh(1 - w, jnp.exp(-over_b)) * b_dot, b_dot
+    if not isinstance(w_dot, SymbolicZero):
+        m_dot += (jnp.exp(-over_a) - jnp.exp(-over_b)) * w_dot
+    return (log_m, over_a, over_b), (m_dot, m_dot - a_moves, m_dot - b_moves)
 
 
 def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
     """log m - log a and log m - log b of m = w a + (1 - w) b, from r = log b - log a.
 
-    With big and small the larger and the smaller of both, and x = -abs(r):
-    m / big = 1 + w_small (exp(x) - 1), which is near 1 or a sum without cancellation.
+    Both from the side of more weight, m / heavy = 1 + light weight · (light / heavy - 1), so that
+    a small weight costs no accuracy and one logarithm serves both.
     """
-    a_is_big = r < 0
-    w_big, w_small = jnp.where(a_is_big, w, 1 - w), jnp.where(a_is_big, 1 - w, w)
-    x = -jnp.abs(r)
-    exp_x = jnp.exp(x)
-    z = w_small * jnp.where(x > -_SERIES_BOUND, x + _expm1_minus(x), exp_x - 1)
-    # All mass on the small side: exp(x) may be too small for its dtype, x is not.
-    far = jnp.where(w_big == 0, x, jnp.log(w_big + w_small * exp_x))
-    over_big = _stored(jnp.where(z > -_LOG1P_BOUND, _log1p(z), far))
-    over_small = jnp.where(jnp.isneginf(over_big), 0, over_big - x)  # log 0 - log 0
-    return jnp.where(a_is_big, over_big, over_small), jnp.where(a_is_big, over_small, over_big)
+    a_is_heavy = w >= 0.5
+    heavy, light = jnp.where(a_is_heavy, w, 1 - w), jnp.where(a_is_heavy, 1 - w, w)
+    ratio = jnp.where(a_is_heavy, r, -r)  # log light - log heavy
+    # Beyond this ratio the heavy side's share of m is below any rounding, or exp overflows.
+    digits, overflow = (37, 700) if r.dtype == jnp.float64 else (17, 85)
+    bound = jnp.minimum(jnp.log(heavy) - jnp.log(light) + digits, overflow)
+    only_light = ratio > jnp.where(light == 0, jnp.inf, bound)
+
+    exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
+    close = jnp.abs(ratio) < _SERIES_BOUND
+    z = light * jnp.where(close, ratio + _expm1_minus(ratio), exp_ratio - 1)
+    log1p_z = jnp.where(jnp.abs(z) < _LOG1P_BOUND, _log1p(z), jnp.log(heavy + light * exp_ratio))
+    over_heavy = _stored(jnp.where(only_light, ratio + jnp.log(light), log1p_z))
+    over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
+    return (
+        jnp.where(a_is_heavy, over_heavy, over_light),
+        jnp.where(a_is_heavy, over_light, over_heavy),
+    )
 
 
 def _stored(x: Array) -> Array:
@@ -347,8 +360,8 @@ def _stored(x: Array) -> Array:
 
 
 def _log1p(z: Array) -> Array:
-    """log(1 + z) for -1/4 < z <= 0, by its Taylor series to the last bit of the dtype."""
-    last = 27 if z.dtype == jnp.float64 else 12
+    """log(1 + z) for |z| < 1/4, by its Taylor series to the last bit of the dtype."""
+    last = 26 if z.dtype == jnp.float64 else 12
     total = jnp.full_like(z, 1 / last)
     for n in range(last - 1, 0, -1):
         total = 1 / n - total * z
