@@ -187,9 +187,9 @@ def _line(found: dict[str, Any]) -> str:
         return f"  {found['contender']:22} {found['status']}"
     times = (f"{found[part]['median'] * 1e3:10.3f} ms" for part in ("value", "value_and_grad"))
     kept = report.size(found["memory"]["temporary"]) if found["memory"] else "n/a"
-    return "  ".join(
-        [f"  {found['contender']:22}", *times, f"{kept:>9}", f"{found['gradient_error']:.1e}"]
-    )
+    more = report.size(found["grown"]) if found["grown"] is not None else "n/a"
+    cells = [f"  {found['contender']:22}", *times, f"{kept:>9}", f"{more:>9}"]
+    return "  ".join([*cells, f"{found['gradient_error']:.1e}"])
 
 
 if __name__ == "__main__":

@@ -78,13 +78,15 @@ def _legend() -> list[str]:
     return [
         "Times in ms: the median (least to most) of calls taken in turn. × is over the floor: each",
         "input read and each gradient written once, or the matrix products, at the rates above.",
-        "Memory of value + gradient as the compiler counts it: beyond inputs and outputs, and all.",
+        "Memory of value + gradient as the compiler counts it: beyond inputs and outputs, and all;",
+        "and what the process grew by at most, which includes scratch that no compiler counts.",
         "Error: the largest of the gradient against float64, over the gradient's largest entry.",
     ]
 
 
 def _cases(cases: list[dict[str, Any]]) -> Iterator[str]:
-    header = ["contender", "value", "×", "value + gradient", "×", "temporary", "all", "error"]
+    header = ["contender", "value", "×", "value + gradient", "×"]
+    header += ["temporary", "all", "grown", "error"]
     for case in cases:
         yield f"### {case['name']}"
         yield ""
@@ -94,12 +96,13 @@ def _cases(cases: list[dict[str, Any]]) -> Iterator[str]:
 
 def _row(found: dict[str, Any]) -> list[str]:
     if found["status"] != "ok":
-        return [found["contender"], found["status"], *[""] * 6]
+        return [found["contender"], found["status"], *[""] * 7]
     cells = [found["contender"]]
     for part in _PARTS:
         cells += [_spread(found[part]), f"{found[f'{part}_over_floor']:.2f}"]
     sizes = found["memory"]
     cells += [size(sizes[name]) if sizes else "n/a" for name in ("temporary", "peak")]
+    cells.append("n/a" if found["grown"] is None else size(found["grown"]))
     return [*cells, f"{found['gradient_error']:.1e}"]
 
 
@@ -168,7 +171,7 @@ def _plots(report: dict[str, Any], stem: Path) -> list[Path]:
         figure = _figure(Figure, panels, "vocabulary", "µs per token")
         found.append(_save(figure, _beside(stem, "-time.png"), "Value + gradient of forward KL"))
     if panels := _memory_panels(report["memory"]):
-        figure = _figure(Figure, panels, "tokens", "MiB")
+        figure = _figure(Figure, panels, "tokens", "MiB, at least 1")
         title = "Temporary memory of value + gradient of forward KL"
         found.append(_save(figure, _beside(stem, "-memory.png"), title))
     return found
@@ -179,8 +182,10 @@ Panels = dict[str, dict[str, list[tuple[float, float]]]]  # title -> contender -
 
 def _time_panels(cases: list[dict[str, Any]]) -> Panels:
     panels: Panels = {}
+    largest = max((case["vocab"] for case in cases), default=0)
     for case in cases:
-        if case["divergence"] != "forward_kl":
+        # A vocabulary far below the others would squeeze them together.
+        if case["divergence"] != "forward_kl" or case["vocab"] < largest / 100:
             continue
         for found in case["contenders"]:
             if found["status"] == "ok":
@@ -204,21 +209,23 @@ def _memory_panels(rows: list[dict[str, Any]]) -> Panels:
         if row["status"] == "ok":
             title = f"{_TITLES[row['kind']]}, {row['model']}, {row['dtype']}"
             lines = panels.setdefault(title, {})
-            lines.setdefault(row["contender"], []).append((row["tokens"], row["temporary"] / 2**20))
+            mebibytes = max(row["temporary"] / 2**20, 1)
+            lines.setdefault(row["contender"], []).append((row["tokens"], mebibytes))
     return panels
 
 
 def _figure(make: Any, panels: Panels, x: str, y: str) -> Any:
-    figure = make(figsize=(5.5 * len(panels), 4.8), layout="constrained")
+    figure = make(figsize=(6.5 * len(panels), 5), layout="constrained")
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, lines) in zip(every, panels.items(), strict=True):
         for name, points in lines.items():
             xs, ys = zip(*sorted(points), strict=True)
             wide = 2.5 if name == "kljax" else 1.3
             axes.plot(xs, ys, "o-", color=_COLOURS[name], label=name, linewidth=wide, markersize=4)
-        axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
         ticks = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30, ha="right")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=90, fontsize=8)
         axes.minorticks_off()
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=8)

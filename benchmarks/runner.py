@@ -1,9 +1,11 @@
 """Compile every contender, call them in turn, and time each call."""
 
+import ctypes
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +33,7 @@ class Program(NamedTuple):
     value: Call
     value_and_grad: Call  # -> gradients to the student's arrays
     memory: dict[str, int]  # empty where the compiler does not say
+    grown: Callable[[Call], int | None]
     gathered: Callable[[Any, list[int], int], np.ndarray]
 
 
@@ -114,6 +117,40 @@ def summary(samples: list[float]) -> dict[str, Any]:
     }
 
 
+# --- memory ---
+
+
+def grown(call: Call) -> int | None:
+    """Bytes by which the process grew at most during a call, results included.
+
+    What no compiler counts: the scratch of library kernels, and torch. None where it cannot be
+    told: on accelerators, whose memory is not the process's, and on systems other than Linux.
+    """
+    if jax.default_backend() != "cpu" or not _STATUS.exists():
+        return None
+    return max(_grown(call) for _ in range(2))  # memory not yet freed would hide in the first
+
+
+def _grown(call: Call) -> int:
+    time.sleep(0.2)  # what the last call held is freed by another thread
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    _CLEAR.write_text("5")  # the high-water mark, down to what is resident now
+    before = _resident("VmRSS")
+    result = call()
+    after = _resident("VmHWM")
+    del result
+    return max(after - before, 0)
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == f"{field}:")
+
+
 # --- programs ---
 
 
@@ -141,7 +178,9 @@ def _program(contender: Contender, case: Case, given: Inputs, limits: Limits) ->
         if needed > limits.memory:
             return f"would need about {_size(needed)}"
         value, value_and_grad = torch_peers.prepare(case, loss, given)
-        return Program(value, value_and_grad, {}, torch_peers.gathered)
+        on_gpu = jax.default_backend() == "gpu"
+        growth = torch_peers.grown_on_gpu if on_gpu else grown
+        return Program(value, value_and_grad, {}, growth, torch_peers.gathered)
     value = jax.jit(loss).lower(*given).compile()
     value_and_grad = compile_gradient(loss, given)
     needed = memory(value_and_grad)
@@ -151,6 +190,7 @@ def _program(contender: Contender, case: Case, given: Inputs, limits: Limits) ->
         lambda: jax.block_until_ready(value(*given)),
         lambda: jax.block_until_ready(value_and_grad(*given))[1],
         {"value_temporary": memory(value)["temporary"], **needed},
+        grown,
         lambda x, index, axis: np.asarray(jnp.take(x, np.array(index), axis)).astype(np.float64),
     )
 
@@ -221,6 +261,7 @@ def _measured(
             "value": summary(samples[name, "value"]),
             "value_and_grad": summary(samples[name, "value_and_grad"]),
             "memory": program.memory,
+            "grown": program.grown(program.value_and_grad),
             "gradient_error": _error(exact, program),
         }
         for name, program in programs.items()

@@ -70,6 +70,15 @@ def prepare(case: Case, loss: Loss, given: Inputs) -> tuple[Callable[[], Any], C
     return value, value_and_grad
 
 
+def grown_on_gpu(call: Callable[[], Any]) -> int:
+    """Bytes by which torch's memory on the GPU grew at most during a call, results included."""
+    cuda = importlib.import_module("torch").cuda
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    call()
+    return cuda.max_memory_allocated() - before
+
+
 def gathered(gradient: Any, index: list[int], axis: int) -> Any:
     """Some rows, or columns, of a gradient, as NumPy float64."""
     torch = importlib.import_module("torch")

@@ -138,6 +138,16 @@ def test_slow_calls_are_not_repeated(monkeypatch):
     assert calls.count("slow") == 2
 
 
+@pytest.mark.skipif(not runner._STATUS.exists(), reason="Linux tells what is resident")
+def test_growth_is_what_a_call_holds_at_most():
+    def call():
+        passing = np.ones(2**26, np.uint8)
+        del passing
+        return np.ones(2**25, np.uint8)
+
+    assert 2**26 - 2**20 <= runner.grown(call) < 2**26 + 2**24
+
+
 def test_stored_float32_arrays_are_found():
     x = jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16)
 
