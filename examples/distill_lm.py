@@ -1,20 +1,20 @@
-"""A language model that reads Python's own standard library, distilled into a smaller one.
+"""A language model of Python's own standard library, distilled into a smaller one.
 
-Text that every machine has: the source files of the library, split by file. A causal transformer
-learns to predict the next byte. A student about a tenth of its size then learns twice, from the
-same parameters, the same batches and for as many steps:
+Text that every machine has: the source files of the library, of which one in ten is held out. A
+causal transformer learns to predict the next byte. A student of a twelfth of its parameters then
+learns twice, from the same parameters, the same batches and for as many steps:
 
     labels only     cross-entropy with the byte that comes next
     distilled       the teacher's distribution over that byte, and a little of the label
 
-Both models return `kljax.Head`: hidden states and the output kernel, whose logits the loss computes
-block by block, never as a [tokens, vocabulary] array. That matters where the vocabulary is large:
-the second figure shows by how much, and the last command makes it so.
+The models return a `kljax.Head`, hidden states and the output kernel: its logits are computed block
+by block, and no array [tokens, vocabulary] exists. The second figure shows what that saves for
+growing vocabularies, and the last command trains with one.
 
-    python examples/distill_lm.py                             # some minutes on two CPU cores
-    python examples/distill_lm.py --quick                     # a smoke run
+    python examples/distill_lm.py             # about three minutes on two CPU cores
+    python examples/distill_lm.py --quick     # a smoke run
     python examples/distill_lm.py --targets top-k --divergence reverse
-    python examples/distill_lm.py --vocabulary 65536 --memory-limit 512 --teacher-steps 60 --steps 60
+    python examples/distill_lm.py --vocabulary 65536 --memory-limit 512 --steps 100 100
 
 Needs jax, flax, optax, matplotlib and tqdm. Writes results.md, results.json and two figures into
 the folder named by --output.
@@ -22,6 +22,7 @@ the folder named by --output.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sysconfig
 import time
@@ -35,6 +36,7 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
+from jax import Array
 from tqdm import tqdm
 
 import kljax
@@ -42,59 +44,41 @@ import kljax
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (once the backend is chosen)
 
+Args = argparse.Namespace
 ASCII = 128
-NOT_READ = {"test", "tests", "idle_test", "site-packages", "encodings"}  # the last holds tables
+HEADS = 4
+EVALUATIONS = 10  # in the course of a training
+VOCABULARIES = [2**power for power in (10, 12, 14, 16, 18)]  # of the figure of memory
+NOT_READ = {"test", "tests", "idle_test", "site-packages", "encodings"}  # the last are tables
 DIVERGENCES = {
     "forward": kljax.forward_kl,
     "reverse": kljax.reverse_kl,
     "jensen-shannon": kljax.jensen_shannon,
 }
-STYLES = {  # of every model: colour (of the Okabe-Ito palette), line and its width
-    "teacher": ("#555555", "-.", 2),
-    "labels only": ("#D55E00", ":", 2),
-    "distilled": ("#56B4E9", "-", 3),
-}
-QUICK = {
-    "teacher_steps": 24,
-    "steps": 24,
-    "context": 64,
-    "teacher_width": 32,
-    "teacher_layers": 1,
-    "student_width": 16,
-    "windows": 16,
-}
-EVALUATIONS = 10  # in the course of a training
-VOCABULARIES = [2**power for power in (10, 12, 14, 16, 18)]  # of the figure of memory
-MEBIBYTE = 2**20
-NOT_POSITIVE = {"seed", "soft_weight", "hard_weight"}  # these may be 0
+STYLES = (("#555555", "-.", 2), ("#D55E00", ":", 2), ("#56B4E9", "-", 3))  # Okabe-Ito's palette
+QUICK = {"steps": (24, 24), "context": 64, "windows": 16, "teacher": (32, 1), "student": (16, 1)}
 
 
 class Text(NamedTuple):
-    """Tokens, one after the other, of two halves of the files."""
+    """Tokens: ASCII characters, or pairs of them as one id."""
 
     train: np.ndarray
     held_out: np.ndarray
 
 
 def load_text(seed: int, bytes_per_token: int) -> Text:
-    """The library's ASCII sources; one file of ten is held out. Two bytes make one of 2¹⁴ ids."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not NOT_READ & {*path.parts}]
     sources = [source for path in files if (source := path.read_bytes()).isascii()]
-    order = np.random.default_rng(seed).permutation(len(sources))
+    shuffled = np.random.default_rng(seed).permutation(len(sources))
 
-    def join(chosen: np.ndarray) -> np.ndarray:
-        data = np.frombuffer(b"".join(sources[i] for i in chosen), np.uint8).astype(np.int32)
-        data = data[: len(data) // bytes_per_token * bytes_per_token]
-        return data.reshape(-1, bytes_per_token) @ ASCII ** np.arange(bytes_per_token)[::-1]
+    def tokens(chosen: np.ndarray) -> np.ndarray:
+        text = np.frombuffer(b"".join(sources[i] for i in chosen), np.uint8).astype(np.int32)
+        whole = text[: len(text) // bytes_per_token * bytes_per_token].reshape(-1, bytes_per_token)
+        return whole @ ASCII ** np.arange(bytes_per_token, dtype=np.int32)
 
     cut = len(sources) // 10
-    return Text(join(order[cut:]), join(order[:cut]))
-
-
-def windows(tokens: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    """One token more than the context: inputs are all but the last, labels all but the first."""
-    return tokens[starts[:, None] + np.arange(context + 1)]
+    return Text(tokens(shuffled[cut:]), tokens(shuffled[:cut]))
 
 
 class Block(nnx.Module):
@@ -102,30 +86,30 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, width, decode=False, rngs=rngs)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, mask: Array) -> Array:
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.norm(x))))
 
 
-class LanguageModel(nnx.Module):
-    """A causal transformer; a short convolution lets every token see the three before it."""
+class Model(nnx.Module):
+    """A causal transformer; a short convolution shows every token the three before it."""
 
-    def __init__(
-        self, vocabulary: int, context: int, width: int, layers: int, rngs: nnx.Rngs
-    ) -> None:
-        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.position = nnx.Embed(context, width, rngs=rngs)
+    def __init__(self, size: Sequence[int], args: Args) -> None:
+        width, layers = size
+        rngs = nnx.Rngs(args.seed)
+        self.embedding = nnx.Embed(args.vocabulary, width, rngs=rngs)
+        self.position = nnx.Embed(args.context, width, rngs=rngs)
         self.convolution = nnx.Conv(width, width, (4,), padding="CAUSAL", rngs=rngs)
         self.blocks = nnx.List([Block(width, rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.output = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+        self.output = nnx.Linear(width, args.vocabulary, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> kljax.Head:
+    def __call__(self, tokens: Array) -> kljax.Head:
         """What follows each token: a head, not its logits."""
         x = self.embedding(tokens)
         x = x + self.convolution(x) + self.position(jnp.arange(tokens.shape[1]))
@@ -135,47 +119,38 @@ class LanguageModel(nnx.Module):
         return kljax.Head(self.norm(x), self.output.kernel[...])
 
 
-def used_ids(args: argparse.Namespace) -> jax.Array:
-    """Which rows of the vocabulary are tokens; the rest is padding."""
+def used_ids(args: Args) -> Array:
+    """The rows of the vocabulary that are tokens; the others are padding."""
     return jnp.arange(args.vocabulary) < ASCII**args.bytes_per_token
 
 
-def label_loss(
-    model: kljax.Head, labels: jax.Array, args: argparse.Namespace, **options: Any
-) -> jax.Array:
-    return kljax.cross_entropy(model, labels, where=used_ids(args), **options)
+def logits_of(head: kljax.Head) -> Array:
+    return jnp.matmul(head.hidden, head.kernel)
 
 
-def few_classes(teacher: kljax.Head, key: jax.Array, args: argparse.Namespace) -> kljax.TopK:
-    """The teacher's best classes, or a sample; the logits of one window at a time."""
+def few_classes(teacher: kljax.Head, key: Array, args: Args) -> kljax.TopK:
+    """The teacher's best classes, or a sample; from the logits of one window at a time."""
 
-    def of_window(window: tuple[jax.Array, jax.Array]) -> kljax.TopK:
+    def of_window(window: tuple[Array, Array]) -> kljax.TopK:
         hidden, key = window
-        logits = jnp.where(used_ids(args), hidden @ teacher.kernel, -jnp.inf)
+        logits = jnp.where(used_ids(args), jnp.matmul(hidden, teacher.kernel), -jnp.inf)
         if args.targets == "top-k":
             return kljax.top_k(logits, args.k, temperature=args.temperature)
         return kljax.sample_targets(key, logits, args.k, temperature=args.temperature)
 
-    keys = jax.random.split(key, len(teacher.hidden))
+    keys = jax.random.split(key, args.batch_size)
     few = jax.lax.map(of_window, (teacher.hidden, keys))
     return dataclasses.replace(few, temperature=args.temperature)  # one, not one per window
 
 
-def distillation_loss(
-    student: kljax.Head,
-    teacher: kljax.Head,
-    labels: jax.Array,
-    key: jax.Array,
-    args: argparse.Namespace,
-    fused: bool = True,
-) -> jax.Array:
-    """The loss that trains the student; not fused, it is given logits instead of heads."""
+def distill(
+    student: kljax.Head, teacher: kljax.Head, labels: Array, key: Array, *, args: Args, fused: bool
+) -> Array:
+    """The loss that trains the student. Not fused, it is given logits instead of heads."""
     targets = teacher if args.targets == "full" else few_classes(teacher, key, args)
-    sides: list[Any] = [student, targets]
-    if not fused:
-        sides = [s.hidden @ s.kernel if isinstance(s, kljax.Head) else s for s in sides]
     loss, _ = kljax.distillation_loss(
-        *sides,
+        student if fused else logits_of(student),
+        targets if fused or args.targets != "full" else logits_of(teacher),
         labels,
         divergence=DIVERGENCES[args.divergence],
         temperature=args.temperature,
@@ -186,199 +161,154 @@ def distillation_loss(
     return loss
 
 
-def loss_memory(args: argparse.Namespace, vocabulary: int, fused: bool) -> float:
-    """MiB that the compiled loss and its gradient need beside inputs and outputs; nothing runs."""
-    args = argparse.Namespace(**{**vars(args), "vocabulary": vocabulary})
-    shape = jax.ShapeDtypeStruct
+def loss_memory(args: Args, vocabulary: int) -> dict[str, float]:
+    """MiB that the compiled loss and its gradient take beside inputs and outputs; nothing runs."""
+    args = Args(**{**vars(args), "vocabulary": vocabulary})
     batch = (args.batch_size, args.context)
-    student, teacher = (
-        kljax.Head(shape((*batch, width), jnp.float32), shape((width, vocabulary), jnp.float32))
-        for width in (args.student_width, args.teacher_width)
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    loss = jax.value_and_grad(
-        lambda student, *rest: distillation_loss(student, *rest, args=args, fused=fused)
-    )
-    compiled = jax.jit(loss).lower(student, teacher, shape(batch, jnp.int32), key).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / MEBIBYTE
+
+    def inputs() -> tuple[kljax.Head, kljax.Head, Array, Array]:
+        student, teacher = (
+            kljax.Head(jnp.zeros((*batch, width)), jnp.zeros((width, vocabulary)))
+            for width in (args.student[0], args.teacher[0])
+        )
+        return student, teacher, jnp.zeros(batch, int), jax.random.key(0)
+
+    def temporary(fused: bool) -> float:
+        loss = jax.value_and_grad(functools.partial(distill, args=args, fused=fused))
+        memory: Any = jax.jit(loss).lower(*jax.eval_shape(inputs)).compile().memory_analysis()
+        return memory.temp_size_in_bytes / 2**20
+
+    return {"dense": temporary(fused=False), "fused": temporary(fused=True)}
 
 
 class Trained(NamedTuple):
-    model: LanguageModel
-    steps: list[int]
-    course: list[float]  # bits per byte of the held-out text, after these steps
-    bits: np.ndarray  # bits per byte at the end, by held-out window
+    parameters: int
+    course: dict[int, float]  # bits per byte of the held-out text, by step
+    bits: np.ndarray  # at the end, by held-out window
 
 
 def fit(
-    name: str,
-    model: LanguageModel,
-    teacher: LanguageModel | None,
-    steps: int,
-    text: Text,
-    args: argparse.Namespace,
+    name: str, model: Model, teacher: Model | None, steps: int, text: Text, args: Args
 ) -> Trained:
     """Trains on random windows of the text, the same ones whatever the model."""
+    used = used_ids(args)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, steps // 20, steps)
     muon = optax.contrib.muon(schedule, adam_learning_rate=lambda step: schedule(step) / 10)
-    muon = optax.chain(optax.clip_by_global_norm(1.0), muon)
-    optimizer = nnx.Optimizer(model, muon, wrt=nnx.Param)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), muon)
+    optimizer = nnx.Optimizer(model, clipped, wrt=nnx.Param)
 
     @nnx.jit
     def train_step(
-        model: LanguageModel,
-        optimizer: nnx.Optimizer,
-        teacher: LanguageModel | None,
-        tokens: jax.Array,
-        key: jax.Array,
-    ) -> jax.Array:
+        model: Model, optimizer: nnx.Optimizer, teacher: Model | None, tokens: Array, key: Array
+    ) -> None:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
 
-        def loss_of(model: LanguageModel) -> jax.Array:
-            if teacher is None:
-                return label_loss(model(inputs), labels, args, reduction="mean")
-            return distillation_loss(model(inputs), teacher(inputs), labels, key, args)
+        def loss(model: Model) -> Array:
+            if teacher is not None:
+                return distill(model(inputs), teacher(inputs), labels, key, args=args, fused=True)
+            return kljax.cross_entropy(model(inputs), labels, where=used, reduction="mean")
 
-        loss, gradients = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, gradients)
-        return loss
+        optimizer.update(model, nnx.grad(loss)(model))
 
     @nnx.jit
-    def bits_per_byte(model: LanguageModel, tokens: jax.Array) -> jax.Array:
-        nats = label_loss(model(tokens[:, :-1]), tokens[:, 1:], args).mean(axis=1)
-        return nats / (np.log(2) * args.bytes_per_token)
+    def bits_per_byte(model: Model, tokens: Array) -> Array:
+        nats = kljax.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], where=used)
+        return nats.mean(axis=1) / (np.log(2) * args.bytes_per_token)
 
-    last = len(text.held_out) - args.context - 1
-    held_out = windows(text.held_out, np.linspace(0, last, args.windows, dtype=int), args.context)
+    window = np.arange(args.context + 1)  # inputs are all but the last, labels all but the first
+    starts = np.linspace(0, len(text.held_out) - len(window), args.windows, dtype=int)
+    held_out = text.held_out[starts[:, None] + window]
     rng, key = np.random.default_rng(args.seed), jax.random.key(args.seed)
-    seen, course, bits = [], [], np.zeros(0)
-    with tqdm(total=steps, desc=f"{name:<12}", unit="step") as progress:
+    course, bits = {}, np.zeros(0)
+    with tqdm(total=steps, desc=f"{name:<11}", unit="step") as progress:
         for step in range(1, steps + 1):
-            starts = rng.integers(len(text.train) - args.context, size=args.batch_size)
-            tokens = windows(text.train, starts, args.context)
-            train_step(model, optimizer, teacher, tokens, jax.random.fold_in(key, step))
-            if step % (-(-steps // EVALUATIONS)) == 0 or step == steps:
-                bits = np.asarray(bits_per_byte(model, held_out))
-                seen.append(step)
-                course.append(float(bits.mean()))
-                progress.set_postfix_str(f"held out {course[-1]:.3f} bits per byte")
+            starts = rng.integers(len(text.train) - args.context, size=(args.batch_size, 1))
+            batch_key = jax.random.fold_in(key, step)
+            train_step(model, optimizer, teacher, text.train[starts + window], batch_key)
+            if step % -(-steps // EVALUATIONS) == 0 or step == steps:
+                bits = np.asarray(bits_per_byte(model, jnp.asarray(held_out)))
+                course[step] = float(bits.mean())
+                progress.set_postfix_str(f"{course[step]:.3f} bits per byte held out")
             progress.update()
-    return Trained(model, seen, course, bits)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return Trained(parameters, course, bits)
 
 
-def train_all(text: Text, args: argparse.Namespace) -> dict[str, Trained]:
-    def new_model(width: int, layers: int) -> LanguageModel:
-        rngs = nnx.Rngs(args.seed)
-        return LanguageModel(args.vocabulary, args.context, width, layers, rngs)
-
-    teacher = new_model(args.teacher_width, args.teacher_layers)
-    trained = {"teacher": fit("teacher", teacher, None, args.teacher_steps, text, args)}
+def train_all(text: Text, args: Args) -> dict[str, Trained]:
+    teacher = Model(args.teacher, args)
+    trained = {"teacher": fit("teacher", teacher, None, args.steps[0], text, args)}
     for name, source in (("labels only", None), ("distilled", teacher)):
-        student = new_model(args.student_width, args.student_layers)
-        trained[name] = fit(name, student, source, args.steps, text, args)
+        student = Model(args.student, args)
+        trained[name] = fit(name, student, source, args.steps[1], text, args)
     return trained
 
 
-def report(trained: dict[str, Trained], args: argparse.Namespace) -> str:
-    """The results as Markdown; the uncertainty is that of the choice of held-out windows."""
+def report(trained: dict[str, Trained]) -> str:
+    """The results as Markdown; ± is the standard error of the choice of held-out windows."""
+
+    def score(bits: np.ndarray) -> str:
+        return f"{bits.mean():.3f} ± {bits.std(ddof=1) / len(bits) ** 0.5:.3f}"
+
     lines = [
         "| model                | parameters | steps | bits per byte, held out |",
         "|----------------------|-----------:|------:|------------------------:|",
     ]
-    for name, (model, seen, _, bits) in trained.items():
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        title = name if name == "teacher" else f"student, {name}"
-        score = f"{bits.mean():.3f} ± {standard_error(bits):.3f}"
-        lines.append(f"| {title:<20} | {parameters:>10,} | {seen[-1]:>5,} | {score:>23} |")
-    gain = trained["labels only"].bits - trained["distilled"].bits
-    return "\n".join(lines) + (
-        f"\n\nThe distilled student needs {gain.mean():.3f} ± {standard_error(gain):.3f} bits per "
-        f"byte less, window by window (standard errors over {args.windows} windows)."
-    )
-
-
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def plot_curves(trained: dict[str, Trained], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, run in trained.items():
-        color, line, width = STYLES[name]
-        axis.plot(run.steps, run.course, line, color=color, linewidth=width, label=name)
-    axis.set(xlabel="step", ylabel="bits per byte", title="Held-out text")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=120)
+        title = name if name == "teacher" else f"student, {name}"
+        numbers = f"{run.parameters:>10,} | {max(run.course):>5,} | {score(run.bits):>23}"
+        lines.append(f"| {title:<20} | {numbers} |")
+    gain = score(trained["labels only"].bits - trained["distilled"].bits)
+    return "\n".join([*lines, "", f"Labels only less distilled, window by window: {gain}"])
 
 
-def plot_memory(
-    memory: dict[int, tuple[float, float]], args: argparse.Namespace, path: Path
-) -> None:
+def plot(curves: dict[str, dict[int, float]], path: Path, **labels: str) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, style, values in zip(
-        ("logits given: dense", "heads given: fused"),
-        ("labels only", "distilled"),
-        zip(*memory.values(), strict=True),
-        strict=True,
-    ):
-        color, line, width = STYLES[style]
-        axis.plot(list(memory), values, line, marker="o", color=color, linewidth=width, label=name)
-    if args.memory_limit:
-        axis.axhline(args.memory_limit, color="#000000", linewidth=1, label="limit")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set(
-        xlabel="vocabulary",
-        ylabel="temporary memory, MiB",
-        title=f"Loss and gradient of {args.batch_size * args.context:,} tokens",
-    )
+    for (name, points), (color, line, width) in zip(curves.items(), STYLES, strict=False):
+        axis.plot(*zip(*points.items(), strict=True), line, c=color, lw=width, label=name)
+    if labels.pop("scale", None):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.set(**labels)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
 
 
-def check_memory(args: argparse.Namespace) -> None:
-    """States what the loss needs; past the limit, the dense one is refused, the fused one fatal."""
-    limit = args.memory_limit
-    print(
-        f"Loss and gradient, {args.batch_size * args.context:,} tokens x {args.vocabulary:,} "
-        "classes; temporary memory as compiled:"
-    )
-    for name, fused in (("dense", False), ("fused", True)):
-        needed = loss_memory(args, args.vocabulary, fused)
-        verdict = "" if not limit else "passes" if needed <= limit else "REFUSED"
-        print(
-            f"  {name} {needed:8.1f} MiB" + (f", limit {limit:g} MiB: {verdict}" if limit else "")
-        )
-        if fused and verdict == "REFUSED":
-            raise SystemExit("error: --memory-limit: the fused loss does not fit either")
+def check_memory(args: Args) -> None:
+    """States what the compiled losses take; past the limit dense is refused, fused is an error."""
+    tokens, limit = args.batch_size * args.context, args.memory_limit
+    print(f"Temporary memory of loss and gradient, {tokens:,} tokens x {args.vocabulary:,} rows:")
+    needed = loss_memory(args, args.vocabulary)
+    for name, mebibytes in needed.items():
+        verdict = "REFUSED" if mebibytes > limit else "passes"
+        limited = f": {verdict} ({limit:g} MiB allowed)" if limit < np.inf else ""
+        print(f"  {name} {mebibytes:8.1f} MiB{limited}")
+    if needed["fused"] > limit:
+        raise SystemExit("error: --memory-limit: what trains is the fused loss; raise the limit")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> Args:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    size: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("WIDTH", "LAYERS")}
     add("--targets", choices=("full", "top-k", "sampled"), default="full", help="of the teacher")
     add("--divergence", choices=tuple(DIVERGENCES), default="forward", help="from the teacher")
     add("--k", type=int, default=16, help="classes of top-k, draws of sampled (16)")
     add("--temperature", type=float, default=1.0, help="of the soft targets (1)")
     add("--soft-weight", type=float, default=0.9, help="weight of the soft targets (0.9)")
     add("--hard-weight", type=float, default=0.1, help="weight of the labels (0.1)")
-    add("--vocabulary", type=int, default=ASCII, help="rows of the output head (128); from 16384 "
-        "on, tokens are pairs of bytes; rows that are no token are masked")  # fmt: skip
-    add("--memory-limit", type=float, help="MiB that loss and gradient may take beside inputs")
-    add("--teacher-steps", type=int, default=800, help="of the teacher's training (800)")
-    add("--steps", type=int, default=500, help="of both students' training (500)")
-    add("--batch-size", type=int, default=8, help="windows in a batch (8)")
+    add("--steps", type=int, nargs=2, default=(800, 500), metavar=("TEACHER", "STUDENT"))
+    add("--teacher", **size, default=(128, 3), help=f"width, a multiple of {HEADS}, and layers")
+    add("--student", **size, default=(48, 1), help="likewise")
+    add("--vocabulary", type=int, default=ASCII, help="rows of the head (128); from 16384 on, "
+        "tokens are pairs of bytes; rows that are no token are masked")  # fmt: skip
+    add("--memory-limit", type=float, default=float("inf"), help="MiB for loss and gradient")
     add("--context", type=int, default=128, help="tokens in a window (128)")
+    add("--batch-size", type=int, default=8, help="windows in a batch (8)")
     add("--windows", type=int, default=128, help="held-out windows (128)")
-    add("--teacher-width", type=int, default=128, help="a multiple of 4 (128)")
-    add("--teacher-layers", type=int, default=3)
-    add("--student-width", type=int, default=48, help="a multiple of 4 (48)")
-    add("--student-layers", type=int, default=1)
     add("--learning-rate", type=float, default=0.03, help="of Muon; a tenth for Adam (0.03)")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("results/distill_lm"), help="folder to write to")
@@ -386,17 +316,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and name not in NOT_POSITIVE and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
-    if args.targets == "sampled" and args.divergence != "forward":
-        parser.error(
-            f"--targets sampled is unbiased for --divergence forward alone, not {args.divergence}; "
-            "take --targets top-k or full"
-        )
-    if args.vocabulary < ASCII:
-        parser.error(f"--vocabulary must be at least {ASCII}, the ASCII characters")
     args.bytes_per_token = 2 if args.vocabulary >= ASCII**2 else 1
+    for option in ("k", "temperature", "steps", "context", "batch_size", "teacher", "student"):
+        if np.min(getattr(args, option)) <= 0:
+            parser.error(f"--{option.replace('_', '-')} must be positive")
+    if args.teacher[0] % HEADS or args.student[0] % HEADS or args.windows < 2:
+        parser.error(f"widths must be multiples of {HEADS}, and --windows at least 2")
+    if args.vocabulary < ASCII:
+        parser.error(f"--vocabulary must be at least {ASCII}, the number of ASCII characters")
+    if args.targets == "sampled" and args.divergence != "forward":
+        parser.error("--targets sampled: a sample is unbiased for --divergence forward alone")
     return args
 
 
@@ -407,23 +336,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Text: {len(text.train):,} tokens to train on, {len(text.held_out):,} held out.")
     check_memory(args)
     trained = train_all(text, args)
-    table = report(trained, args)
+    table = report(trained)
     print(f"\n{table}\n")
-    memory = {
-        size: (loss_memory(args, size, fused=False), loss_memory(args, size, fused=True))
-        for size in VOCABULARIES[: 2 if args.quick else None]
-    }
+
+    memory = {size: loss_memory(args, size) for size in VOCABULARIES[:: 2 if args.quick else 1]}
+    courses = {name: run.course for name, run in trained.items()}
+    named = {"dense": "logits: dense", "fused": "heads: fused"}
+    memories = {label: {size: memory[size][key] for size in memory} for key, label in named.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.md").write_text(table + "\n", encoding="utf-8")
-    results = {
-        "arguments": vars(args),
-        "environment": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
-        "bits per byte": {name: dict(zip(run.steps, run.course)) for name, run in trained.items()},
-        "MiB, dense and fused, by vocabulary": memory,
-    }
+    results = {"arguments": vars(args), "bits per byte": courses, "MiB": memories}
     (args.output / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
-    plot_curves(trained, args.output / "curves.png")
-    plot_memory(memory, args, args.output / "memory.png")
+    title = "Text held out from training"
+    plot(courses, args.output / "curves.png", xlabel="step", ylabel="bits per byte", title=title)
+    title = f"Loss and gradient of {args.batch_size * args.context:,} tokens"
+    path, label = args.output / "memory.png", "temporary memory, MiB"
+    plot(memories, path, xlabel="rows of the vocabulary", ylabel=label, title=title, scale="log")
     print(f"Wrote {args.output}/ in {time.perf_counter() - started:.0f} s in all.")
 
 
