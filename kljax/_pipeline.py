@@ -41,6 +41,7 @@ class Formula(NamedTuple):
     arguments: tuple[str, ...]
     term: Term
     normalized: Term | None = None  # serves where the library normalised every side
+    slope_sums: tuple[float | None, ...] = ()  # of `normalized`, as in Spec
 
 
 class Held(NamedTuple):
@@ -108,7 +109,7 @@ def _run(
     spec, layout = plan.spec, plan.layout
     operands = _assemble(plan, given, weights)
     if not closures.is_pure(spec.term):
-        spec, operands = closures.hoist(spec, operands)
+        spec, operands = closures.hoist(spec, operands, layout.batch_axes, plan.choice)
     dtype = compute_dtype(operands.inputs)
     scale = reductions.example_scale(layout.batch, dtype, weights, reduction, normalizer, axis_name)
     operands = operands._replace(scale=scale)
@@ -212,16 +213,16 @@ def read_layout(
         for argument, side in zip(arguments, held, strict=True)
         if side.kind not in ("labels", "top_k")
     }
-    if not shapes:  # a top-k alone
-        shapes = {arguments[0]: held[0].value.log_probs.shape}
+    for argument, side in zip(arguments, held, strict=True):
+        if side.kind == "top_k":  # of the predictions' classes
+            (whole,) = shapes.values()
+            shapes[argument] = (*side.value.log_probs.shape[:-1], *whole[-1:])
     layout = checks.require_layout(name, shapes, axis)
     for argument, side in zip(arguments, held, strict=True):
         if side.kind == "labels":
             checks.require_labels(name, side.value, layout)
         if side.kind in ("head", "top_k"):
             checks.require_classes_last(name, argument, layout)
-        if side.kind == "top_k":
-            checks.require_top_k_fits(name, argument, side.value.log_probs.shape, layout)
     return layout
 
 
@@ -251,18 +252,23 @@ def read_options(
     return where, temperature
 
 
-def choose_term(formula: Formula, held: tuple[Held, ...], temperature: Array | None) -> Term:
-    """The term that serves these sides: the non-negative one where all are normalised here."""
+def choose_spec(
+    formula: Formula, held: tuple[Held, ...], temperature: Array | None, axis: tuple[int, ...]
+) -> Spec:
+    """What to compute: with the non-negative term where all sides are normalised here."""
     for side in held:
         if side.kind == "top_k":
             checks.require_tail(formula.name, side.value.tail)
+    spec = Spec(formula.term, tuple(side.kind for side in held), axis)
     normalized = all(
         side.value.tail != "truncate"
         if isinstance(side.value, TopKInput)
         else normalizes(side.kind, temperature)
         for side in held
     )
-    return formula.normalized if normalized and formula.normalized else formula.term
+    if normalized and formula.normalized:
+        spec = spec._replace(term=formula.normalized, slope_sums=formula.slope_sums)
+    return spec
 
 
 def choose_blocks(
@@ -294,18 +300,16 @@ def _prepare(
 ) -> tuple[Plan, Given]:
     name, arguments = formula.name, formula.arguments
     held = tuple(read(name, a, d) for a, d in zip(arguments, distributions, strict=True))
-    for argument, side in zip(arguments[:-1], held[:-1], strict=True):
-        checks.require_no_top_k(name, argument, side.kind)
+    checks.require_no_top_k(name, arguments[0], held[0].kind)
     layout = read_layout(name, arguments, held, axis)
     where, temperature = read_options(name, layout, where, temperature, held)
-    spec = Spec(
-        choose_term(formula, held, temperature), tuple(side.kind for side in held), layout.axis
-    )
+    spec = choose_spec(formula, held, temperature, layout.axis)
     choice = choose_blocks(name, layout, held, implementation)
     if not closures.is_pure(spec.term) and implementation is None and _holds_arrays(held):
         choice = dispatch.at_once(layout.batch)  # what it captures may be of the batch's size
     bare = tuple(side.bare for side in held)
     plan = Plan(name, arguments, spec, bare, layout, choice)
+    params = jax.tree.map(jnp.asarray, params)
     return plan, Given(tuple(side.value for side in held), where, temperature, params)
 
 

@@ -30,6 +30,7 @@ from kljax._engine.terms import (
     term_cross_entropy,
     term_entropy,
     term_generalized_kl,
+    term_jensen_shannon,
     term_kl,
     weigh,
 )
@@ -115,12 +116,21 @@ def divergence(
     Source: the f-divergences of Csiszár and Shields, Information Theory and Statistics: A
     Tutorial (2004), section 4.
     """
+    return _divergence(term, normalized)
+
+
+def _divergence(
+    term: Callable[..., Array],
+    normalized: Callable[..., Array] | None,
+    slope_sums: tuple[float | None, ...] = (),
+) -> Divergence:
     name = getattr(term, "__name__", "divergence")
     formula = Formula(
         "divergence" if name == "<lambda>" else name,
         ("predictions", "targets"),
         lambda log_probs, _, params: term(*log_probs, *params),
         normalized and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, *params)),
+        slope_sums,
     )
 
     def compute(
@@ -156,11 +166,16 @@ def _answers(request: Callable[..., Request], divergence: Any) -> Any:
     return divergence
 
 
-def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Divergence:
+def _of_kl(
+    formula: Callable[..., Array],
+    *,
+    name: str | None = None,
+    slope_sums: tuple[float | None, ...] = (),
+) -> Divergence:
     """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, *params).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
-    library normalised.
+    library normalised; ``slope_sums`` are the latter's, as in Spec.
     """
 
     def textbook(s: Array, t: Array, *params: Array) -> Array:
@@ -173,7 +188,7 @@ def _of_kl(formula: Callable[..., Array], *, name: str | None = None) -> Diverge
 
     textbook = _named_like(formula, textbook)
     textbook.__name__ = name or formula.__name__
-    return divergence(textbook, normalized=normalized)
+    return _divergence(textbook, normalized, slope_sums)
 
 
 def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -> Any:
@@ -184,7 +199,8 @@ def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -
     return wrapper
 
 
-@_of_kl
+# The slopes of D(p||q) sum to nothing over q, for they are q - p, and to D over p.
+@partial(_of_kl, slope_sums=(0, 1))
 def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Forward KL, D(targets‖predictions): the distillation loss; mass-covering.
 
@@ -238,7 +254,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio)
 
 
-@_of_kl
+@partial(_of_kl, slope_sums=(1, 0))
 def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
 
@@ -331,7 +347,7 @@ def jensen_shannon(
 
 @partial(_of_kl, name="jensen_shannon")
 def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
-    return _mixed(kl, s, t, ratio, beta)
+    return term_jensen_shannon(t, s, beta, ratio)
 
 
 @partial(_of_kl, name="jensen_shannon")
@@ -339,18 +355,13 @@ def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: A
     """J / (β(1 - β)), and at the ends its limit, to first order in β."""
     at_end = (beta == 0) | (beta == 1)
     inside = jnp.where(at_end, 0.5, beta)
-    between = _mixed(kl, s, t, ratio, inside) / (inside * (1 - inside))
+    between = term_jensen_shannon(t, s, inside, ratio) / (inside * (1 - inside))
     s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
     forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
     excess = jnp.exp(t) - jnp.exp(s)
     from_0 = weigh(beta, forward - 0.5 * excess * jnp.expm1(-ratio))
     from_1 = weigh(1 - beta, reverse + 0.5 * excess * jnp.expm1(ratio))
     return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
-
-
-def _mixed(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
-    m, m_over_t, m_over_s = log_mixture(t, s, beta, ratio)
-    return weigh(beta, kl(t, m, m_over_t)) + weigh(1 - beta, kl(s, m, m_over_s))
 
 
 def skew_forward_kl(
@@ -574,8 +585,9 @@ _KL = Formula(
     ("p", "q"),
     lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
     lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
+    slope_sums=(1, 0),
 )
-_KL_TERMS = _KL._replace(name="kl_terms", normalized=None)
+_KL_TERMS = _KL._replace(name="kl_terms", normalized=None, slope_sums=())
 _CROSS_ENTROPY = Formula(
     "cross_entropy",
     ("predictions", "targets"),

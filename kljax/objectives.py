@@ -15,7 +15,7 @@ from kljax._engine import checks, closures, rowwise
 from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice, Implementation
-from kljax._engine.representation import Kind, Operands, Spec, Term, compute_dtype
+from kljax._engine.representation import Kind, Operands, Spec, compute_dtype
 from kljax._engine.rowwise import Run
 from kljax._engine.top_k import TopKInput
 from kljax._pipeline import Held
@@ -139,7 +139,7 @@ def distillation_loss(
     request = request_of(divergence)
     setup = _Setup(
         divergence if request is None else None,
-        *_terms(request, held, temperature),
+        *_specs(request, held, temperature, layout),
         tuple(side.kind for side in held),
         tuple(side.bare for side in held),
         layout,
@@ -156,12 +156,13 @@ def distillation_loss(
         labels,
         where,
         temperature,
-        () if request is None else request.params,
+        () if request is None else jax.tree.map(jnp.asarray, request.params),
         weights,
         label_weights,
         normalizer,
     )
-    pure = all(map(closures.is_pure, (divergence, setup.soft, setup.plain)))
+    terms = (spec.term for spec in (setup.soft, setup.plain) if spec is not None)
+    pure = all(map(closures.is_pure, (divergence, *terms)))
     return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
 
 
@@ -172,8 +173,8 @@ class _Setup(NamedTuple):
     """All that chooses code."""
 
     other: Callable[..., Array] | None  # a divergence of which only its calls are known
-    soft: Term | None  # at the temperature
-    plain: Term | None  # at T = 1
+    soft: Spec | None  # at the temperature
+    plain: Spec | None  # at T = 1
     kinds: tuple[Kind, ...]
     bare: tuple[bool, ...]
     layout: Layout
@@ -208,13 +209,13 @@ class _Examples(NamedTuple):
     hard_scale: Array | None
 
 
-def _terms(
-    request: Request | None, held: tuple[Held, ...], temperature: Array | None
-) -> tuple[Term | None, Term | None]:
+def _specs(
+    request: Request | None, held: tuple[Held, ...], temperature: Array | None, layout: Layout
+) -> tuple[Spec | None, Spec | None]:
     if request is None:
         return None, None
-    soft = _pipeline.choose_term(request.formula, held, temperature)
-    return soft, _pipeline.choose_term(request.formula, held, None)
+    ask = partial(_pipeline.choose_spec, request.formula, held, axis=layout.axis)
+    return ask(temperature=temperature), ask(temperature=None)
 
 
 def _distill(
@@ -227,13 +228,12 @@ def _distill(
     normalizer = batch.normalizer if batch.label_weights is None else None
     hard_scale = _scale(setup, hard_factor * own, own, normalizer) if setup.has_hard else None
 
-    spec = Spec(setup.soft, setup.kinds, setup.layout.axis)
     soft = Operands(batch.inputs, batch.where, batch.temperature, batch.params, soft_scale)
-    plain = None
-    plain_spec = spec._replace(term=setup.plain)
-    if setup.soft is not None and not closures.is_pure(setup.soft):
-        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None))
-        spec, soft = closures.hoist(spec, soft)
+    spec, plain_spec, plain = setup.soft, setup.plain, None
+    if spec is not None and plain_spec is not None and not closures.is_pure(spec.term):
+        cut = setup.layout.batch_axes, setup.choice
+        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None), *cut)
+        spec, soft = closures.hoist(spec, soft, *cut)
     examples = _Examples(soft, plain, batch.labels, hard_scale)
     run = Run(
         partial(_each_example, setup, spec, plain_spec),
@@ -264,14 +264,14 @@ class _Seen(NamedTuple):
 
 
 def _each_example(
-    setup: _Setup, spec: Spec, plain_spec: Spec, examples: _Examples
+    setup: _Setup, spec: Spec | None, plain_spec: Spec | None, examples: _Examples
 ) -> tuple[Array, _Seen]:
     """The loss of each example of a block, and what to log: both from the same logits."""
     soft = examples.soft
     unscaled = lax.stop_gradient(soft._replace(scale=None))
     loss = jnp.zeros_like(soft.scale)
     seen_soft = seen_plain = seen_hard = jnp.zeros_like(soft.scale)
-    if spec.term is not None:
+    if spec is not None and plain_spec is not None:
         if setup.has_soft:
             loss += _pipeline.example_values(spec, soft)
         seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
@@ -311,21 +311,25 @@ def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
         for kind, x in zip(setup.kinds, batch.inputs, strict=True)
     )
     where = None if batch.where is None else layout.expand(batch.where)
-    inputs, where = _pipeline.share_sharding(inputs, where, layout)
+    labels = batch.labels
+    if labels is not None:
+        labels = jnp.expand_dims(labels, layout.axis)
+        inputs, where = _pipeline.share_sharding((*inputs, labels), where, layout)
+        *inputs, labels = inputs
+    else:
+        inputs, where = _pipeline.share_sharding(inputs, where, layout)
     temperature = batch.temperature
     if temperature is not None:
         temperature = temperature.astype(batch.weights.dtype)
-    operands = Operands(inputs, where, temperature, batch.params, None)
+    operands = Operands(tuple(inputs), where, temperature, batch.params, None)
     sides = ("predictions", "targets")
     _pipeline.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
-    labels = batch.labels
     if labels is not None:
         own = batch.weights if batch.label_weights is None else batch.label_weights
         checks.check_weights(_NAME, "label_weights", batch.label_weights)
-        labels = jnp.expand_dims(labels, layout.axis)
         live = jnp.expand_dims(own.astype(bool), layout.axis)
         checks.check_labels(_NAME, labels, live, layout.classes[0])
-    return batch._replace(inputs=inputs, where=where, temperature=temperature, labels=labels)
+    return batch._replace(inputs=tuple(inputs), where=where, temperature=temperature, labels=labels)
 
 
 def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:

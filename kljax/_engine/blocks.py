@@ -77,6 +77,13 @@ def exactly(batch: tuple[int, ...], rows: int) -> Blocks:
     return Blocks(batch, tuple(extents))
 
 
+def block_shapes(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> set[tuple[int, ...]]:
+    """The shapes that the blocks of an array have, and that of the rest."""
+    ks = [0] if blocks.rest is None else [0, None]
+    cuts = (_split(blocks, shape, axes, k) for k in ks)
+    return {_squeeze(full, size, shape) for full, _, size in cuts}
+
+
 def sweep(
     blocks: Blocks,
     leaves: Sequence[Array],
@@ -87,26 +94,64 @@ def sweep(
     """Run body(leaves of a block) -> (sums, rows) over all blocks: add up and put together."""
     if blocks.single:
         return body(list(leaves))
-    read = lambda k: [_read(blocks, x, a, k) for x, a in zip(leaves, axes, strict=True)]  # noqa: E731
-    shapes = jax.eval_shape(lambda: body(read(0)))
+
+    def read(k: Any) -> list[Array]:
+        tied = leaves if k is None else _tied(leaves, axes, k)
+        return [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
+
+    shapes = jax.eval_shape(lambda: body(read(jnp.int32(0))))
     zeros = _zeros_like_varying(leaves)
     sums = [zeros(s.shape, s.dtype) for s in shapes[0]]
+    wholes = [_full_shape(blocks, s.shape, a) for s, a in zip(shapes[1], out_axes, strict=True)]
     rows = [
-        zeros(_full_shape(blocks, s.shape, a), s.dtype)
-        for s, a in zip(shapes[1], out_axes, strict=True)
+        zeros(_split(blocks, whole, a, None)[0], _stored(s.dtype))
+        for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
     def step(k: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
         more, new = body(read(k))
         sums, rows = carry
         sums = [a + b for a, b in zip(sums, more, strict=True)]
-        rows = [_write(blocks, x, y, a, k) for x, y, a in zip(rows, new, out_axes, strict=True)]
+        rows = [
+            _write(blocks, x, whole, y, a, k)
+            for x, whole, y, a in zip(rows, wholes, new, out_axes, strict=True)
+        ]
         return sums, rows
 
     sums, rows = lax.fori_loop(0, math.prod(blocks.counts), step, (sums, rows))
     if blocks.rest is not None:
         sums, rows = step(_REST, (sums, rows))
-    return sums, rows
+    rows = [x.reshape(whole) for x, whole in zip(rows, wholes, strict=True)]
+    return sums, [_as_stored(x, s.dtype) for x, s in zip(rows, shapes[1], strict=True)]
+
+
+# XLA:CPU of jax 0.10 rewrites a whole 16-bit array in float32 at each update of a part of it.
+_UPDATES_BITS = jax.__version_info__ < (0, 11)
+
+
+def _stored(dtype: Any) -> Any:
+    """The dtype in which a loop carries an array that it updates."""
+    return jnp.uint16 if _UPDATES_BITS and _is_narrow(dtype) else dtype
+
+
+def _as_stored(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+
+
+def _tied(leaves: Sequence[Array], axes: Sequence[Axes], k: Array) -> list[Array]:
+    """The leaves as of this turn of the loop.
+
+    Else XLA:CPU widens whole 16-bit arrays to float32 once, before the loop that slices them.
+    """
+    narrow = [i for i, x in enumerate(leaves) if axes[i] is not None and _is_narrow(x.dtype)]
+    tied, out = lax.optimization_barrier(([leaves[i] for i in narrow], k))[0], list(leaves)
+    for i, x in zip(narrow, tied, strict=True):
+        out[i] = x
+    return out
 
 
 _REST = None  # in place of a block's number: the rows that no block takes
@@ -130,10 +175,10 @@ def _split(
             at, take = (n - left, left) if number is None else (number[i] * extent, extent)
             full, start, size = [*full, n], [*start, at], [*size, take]
         elif number is None:
-            full, start, size = [*full, n], [*start, 0], [*size, n]
+            full, start, size = [*full, extent, count], [*start, 0, 0], [*size, extent, count]
         else:
             full, start, size = [*full, extent, count], [*start, 0, number[i]], [*size, extent, 1]
-    return tuple(full), start, tuple(size)
+    return tuple(full), [jnp.asarray(at, jnp.int32) for at in start], tuple(size)
 
 
 def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:
@@ -143,10 +188,17 @@ def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:
     return lax.dynamic_slice(x.reshape(full), start, size).reshape(_squeeze(full, size, x.shape))
 
 
-def _write(blocks: Blocks, x: Array, block: Array, axes: Axes, k: Array | int | None) -> Array:
-    full, start, size = _split(blocks, x.shape, axes, k)
-    updated = lax.dynamic_update_slice(x.reshape(full), block.reshape(size), start)
-    return updated.reshape(x.shape)
+def _write(
+    blocks: Blocks,
+    x: Array,
+    shape: tuple[int, ...],
+    block: Array,
+    axes: Axes,
+    k: Array | int | None,
+) -> Array:
+    """Put a block into x, which is held as `_split` cuts it: to reshape it here would copy it."""
+    full, start, size = _split(blocks, shape, axes, k)
+    return lax.dynamic_update_slice(x, _as_stored(block, x.dtype).reshape(size), start)
 
 
 def _squeeze(
@@ -184,13 +236,13 @@ def _zeros_like_varying(leaves: Sequence[Array]) -> Callable[..., Array]:
 
 def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
     """The mesh axes that any of the arrays varies over inside `shard_map`."""
-    names = (getattr(jax.typeof(x), "vma", frozenset()) for x in leaves)
+    names = (jax.typeof(x).manual_axis_type.varying for x in leaves)
     return tuple(sorted(frozenset().union(*names)))
 
 
 def rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     """factor · x, rewritten in place block by block, and left as it is where factor is 1."""
-    if blocks.single:
+    if blocks.single or _stored(x.dtype) != x.dtype:
         return factor.astype(x.dtype) * x
     return _rescale(blocks, axes, x, factor)
 
@@ -198,15 +250,19 @@ def rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
 def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     @jax.custom_batching.custom_vmap
     def in_place(x: Array, factor: Array) -> Array:
-        def step(k: Array, x: Array) -> Array:
-            block = _read(blocks, x, axes, k)
-            return _write(blocks, x, factor.astype(x.dtype) * block, axes, k)
+        whole = x.shape
+        split = _split(blocks, whole, axes, None)[0]
 
-        as_it_is = factor == 1
-        x = lax.fori_loop(0, jnp.where(as_it_is, 0, math.prod(blocks.counts)), step, x)
+        def step(k: Array | None, x: Array) -> Array:
+            _, start, size = _split(blocks, whole, axes, k)
+            block = lax.dynamic_slice(x, start, size)
+            return lax.dynamic_update_slice(x, factor.astype(x.dtype) * block, start)
+
+        turns = jnp.where(factor == 1, 0, math.prod(blocks.counts))
+        x = lax.fori_loop(0, turns, step, x.reshape(split))
         if blocks.rest is not None:
             x = step(_REST, x)
-        return x
+        return x.reshape(whole)
 
     @in_place.def_vmap
     def _(size: int, mapped: list[bool], x: Array, factor: Array) -> tuple[Array, bool]:

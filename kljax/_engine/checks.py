@@ -206,24 +206,14 @@ def require_top_k(
     _require_type(indices, int, message)
     require_float(caller, f"{argument}.log_probs", log_probs)
     if indices.shape != log_probs.shape or not indices.shape:
-        expected = f"shape {log_probs.shape}, like log_probs, with k last"
-        fail(caller, f"{argument}.indices", expected, f"{indices.shape}", "One index per entry.")
+        expected = f"shape {indices.shape}, like indices, with k last"
+        fail(caller, f"{argument}.log_probs", expected, f"{log_probs.shape}", "One per index.")
     if log_tail is not None:
         require_float(caller, f"{argument}.log_tail", log_tail)
         if log_tail.shape != log_probs.shape[:-1]:
             expected = f"shape {log_probs.shape[:-1]}, one per distribution"
             got = f"{log_tail.shape}"
             fail(caller, f"{argument}.log_tail", expected, got, "It is the mass of the rest.")
-
-
-def require_top_k_fits(caller: str, argument: str, shape: Shape, layout: Layout) -> None:
-    """A top-k has the batch of the predictions, or none."""
-    if shape[:-1] not in (layout.batch, ()):
-        expected = f"shape {(*layout.batch, 'k')}, the batch of the predictions, or ('k',)"
-        fail(caller, argument, expected, f"{shape}", "Nothing else broadcasts.")
-    if shape[-1] > layout.classes[0]:
-        expected = f"of at most {layout.classes[0]} classes, like the predictions"
-        fail(caller, argument, expected, f"k = {shape[-1]}", "Take fewer; pad neither side.")
 
 
 def require_no_top_k(caller: str, argument: str, kind: str) -> None:
@@ -247,8 +237,8 @@ def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
 def require_tail(caller: str, tail: str) -> None:
     """Where the targets are 0 outside K, what is infinite for it cannot be a loss."""
     if tail == "renormalize" and caller in ("reverse_kl", "jeffreys", "kl"):
-        expected = '"bucket", "renormalize_both" or "truncate"'
-        remedy = "With targets of 0 outside the k classes the divergence is infinite."
+        expected = "a tail that leaves the targets some mass outside the k classes"
+        remedy = 'It would be infinite; use tail="bucket".'
         fail(caller, "targets.tail", expected, '"renormalize"', remedy)
 
 

@@ -1,13 +1,16 @@
 """Terms that capture values: kept out of jit's cache, and their captured arrays made arguments."""
 
+from collections.abc import Iterable
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from kljax._engine import head
+from kljax._engine.blocks import Blocks, block_shapes
 from kljax._engine.representation import Operands, Spec, view
 from kljax._engine.top_k import coarsen
 
@@ -46,21 +49,32 @@ def _content(cell: CellType) -> Any:
         return cell
 
 
-def hoist(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
-    """Make arguments of the arrays that a term captured, so that they get their gradients."""
-    one = jax.eval_shape(partial(_arguments, spec), operands)
+def hoist(
+    spec: Spec, operands: Operands, batch_axes: tuple[int, ...], cuts: Iterable[Blocks]
+) -> tuple[Spec, Operands]:
+    """Make arguments of the arrays that a term captured, so that they get their gradients.
+
+    A block has its own shape, and its own trace of the term: all are made here, while what the
+    term captures can still be read.
+    """
+    whole = jax.eval_shape(partial(_arguments, spec), operands)
+    traces = {}
+    full = jnp.shape(whole[1])
+    for shape in {full, *(shape for cut in cuts for shape in block_shapes(cut, full, batch_axes))}:
+        cut = lambda x, shape=shape: jax.ShapeDtypeStruct(shape, x.dtype)  # noqa: E731
+        traces[shape] = _trace(spec, *jax.tree.map(cut, whole[:2]), whole[2])
 
     def term(
         log_probs: tuple[Array, ...], log_ratio: Array, params: tuple[Any, tuple[Any, ...]]
     ) -> Array:
         own, captured = params
-        jaxpr, out = _trace(spec, log_probs, log_ratio, own)  # anew: a block has its own shape
+        jaxpr, out = traces[log_ratio.shape]
         leaves = jax.tree.leaves((log_probs, log_ratio, own))
         return jax.tree.unflatten(
             jax.tree.structure(out), jax.core.eval_jaxpr(jaxpr.jaxpr, captured, *leaves)
         )
 
-    captured = _trace(spec, *one)[0].consts
+    captured = traces[full][0].consts
     return spec._replace(term=term), operands._replace(params=(operands.params, captured))
 
 

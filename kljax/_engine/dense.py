@@ -9,11 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import checks
-from kljax._engine.representation import Kind, Operands, Spec, View, to_input, view
+from kljax._engine.representation import (
+    ABSENT,
+    Kind,
+    Operands,
+    Spec,
+    View,
+    to_input,
+    view,
+)
 from kljax._engine.terms import weigh
 
 
@@ -35,7 +43,6 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
     seen = view(spec, operands)
     values = rows(spec, operands._replace(scale=None))
     present = _present_where(spec, operands, values)
-    invalid = jnp.expand_dims(jnp.isnan(values), spec.axis)
 
     values_dot = _params_tangent(spec, seen, operands.params, dots.params, present)
     for i, (side, x_dot) in enumerate(zip(seen.sides, dots.inputs, strict=True)):
@@ -43,14 +50,27 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
         to_temperature = softmax is not None and _moves(dots.temperature)
         if not (_moves(x_dot) or to_temperature):
             continue
-        slope = _present(present, _slope(spec, seen, operands.params, i))
-        total = jnp.sum(slope, axis=spec.axis, keepdims=True)
+        slope = _slope(spec, seen, operands.params, i)
+        known = spec.slope_sums[i] if spec.slope_sums else None
+        there = present
+        if known == 0:  # whether the slopes are numbers does not wait for the values
+            there = _present_where(spec, operands, _log_masses(spec, seen))
+        slope = _present(there, slope)
+        if known is None:
+            total = jnp.sum(slope, axis=spec.axis, keepdims=True)
+        else:
+            total = jnp.zeros_like(values) if known == 0 else known * values
+            total = _refined(jnp.expand_dims(total, spec.axis), slope, spec.axis)
+        if known != 0:
+            # An infinite divergence has no derivative to the side with mass where the other has
+            # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
+            invalid = jnp.expand_dims(jnp.isnan(values), spec.axis) | ~jnp.isfinite(total)
+            total = jnp.where(invalid, jnp.nan, total)
         if softmax is not None:
             slope = slope - jnp.exp(side.log_probs) * total
-        # An infinite divergence has no derivative to the side with mass where the other has
-        # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
-        slope = jnp.where(invalid | ~jnp.isfinite(total), jnp.nan, slope)
-        slope = _present(present, slope)
+        else:
+            slope = slope + jnp.where(jnp.isnan(total), total, 0)
+        slope = _present(there, slope)
         if softmax is not None and operands.temperature is not None:
             slope = slope / operands.temperature
             if to_temperature:
@@ -58,13 +78,18 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
                 values_dot -= jnp.sum(along, axis=spec.axis)
         if _moves(x_dot):
             kind, x = spec.kinds[i], operands.inputs[i]
-            along = _along(kind, to_input(kind, slope, x), _present(present, x_dot))
+            along = _along(kind, to_input(kind, slope, x), _present(there, x_dot))
             values_dot += jnp.sum(along, axis=spec.axis)
 
     if operands.scale is None:
         return values, values_dot
-    scale_dot = dots.scale if _moves(dots.scale) else jnp.zeros_like(operands.scale)
-    return jax.jvp(weigh, (operands.scale, values), (scale_dot, values_dot))
+    # Known before the values: XLA would make it along with their sum, and the slopes wait for that.
+    scale = lax.optimization_barrier(operands.scale)
+    values_dot = scale * values_dot
+    if _moves(dots.scale):
+        removed = (scale == 0) & ~jnp.isfinite(values)
+        values_dot += jnp.where(removed, 0, values) * dots.scale
+    return weigh(scale, values), values_dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -119,6 +144,20 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
     return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
 
 
+def _refined(total: Array, slope: Array, axis: tuple[int, ...]) -> Array:
+    """The sum of the slopes as they were rounded, where one more pass over them costs little.
+
+    To take it off removes the rounding of the masses, which shows where both sides are close. As
+    the sum is known but for rounding, the difference is a constant to derivatives.
+    """
+    rounding = lax.platform_dependent(
+        *lax.stop_gradient((total, slope)),
+        cpu=lambda total, slope: jnp.sum(slope, axis=axis, keepdims=True) - total,
+        default=lambda total, slope: jnp.zeros_like(total),
+    )
+    return total + rounding
+
+
 def _params_tangent(
     spec: Spec, seen: View, params: tuple[Any, ...], dots: tuple[Any, ...], present: Array | None
 ) -> Array:
@@ -127,6 +166,10 @@ def _params_tangent(
     moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
     if not moving:
         return jnp.zeros_like(jnp.sum(seen.log_ratio, axis=spec.axis))
+
+    if present is not None:  # before the term: 0 · NaN in its transpose would be NaN
+        hidden = tuple(jnp.where(present, x, ABSENT) for x in seen.log_probs)
+        seen = View(seen.sides, hidden, jnp.where(present, seen.log_ratio, 0))
 
     def along(*moved: Array) -> Array:
         whole = list(leaves)
@@ -139,15 +182,21 @@ def _params_tangent(
     return jnp.sum(tangent, axis=spec.axis)
 
 
-def _present_where(spec: Spec, operands: Operands, values: Array) -> Array | None:
+def _present_where(spec: Spec, operands: Operands, rows: Array) -> Array | None:
     """The classes that exist, except in examples that weight 0 removes.
 
     A finite value of weight 0 needs no removal, and its derivative is the mixed one to the weight.
     """
     if operands.scale is None:
         return operands.where
-    kept = jnp.expand_dims((operands.scale != 0) | jnp.isfinite(values), spec.axis)
+    kept = jnp.expand_dims((operands.scale != 0) | jnp.isfinite(rows), spec.axis)
     return kept if operands.where is None else operands.where & kept
+
+
+def _log_masses(spec: Spec, seen: View) -> Array:
+    """One number per example, finite where every softmax is one."""
+    masses = (side.softmax.mass for side in seen.sides if side.softmax is not None)
+    return jnp.squeeze(sum(map(jnp.log, masses)), spec.axis)
 
 
 def _present(where: Array | None, values: Array) -> Array:

@@ -31,20 +31,24 @@ _MIB = 2**20
 
 
 class _Budget(NamedTuple):
-    """Bytes of float32 logits in a block; None is the whole batch at once."""
+    """Bytes of float32 logits in one block: a share of the whole, between bounds."""
 
-    cpu: int | None
-    elsewhere: int | None
+    share: float
+    least: int
+    most: int
+
+    def rows(self, batch: tuple[int, ...], classes: int) -> int:
+        whole = 4 * classes * math.prod(batch)
+        return int(min(max(self.share * whole, self.least), self.most)) // (4 * classes)
 
 
-# On CPU a block of logits and what is made of it stays in a core's cache. Elsewhere the compiler
-# fuses whole arrays into as few passes as it can, and only what must be made first, a head's
-# logits or a top-k's complement, goes in blocks: of thousands of tokens, to fill the device.
-_BUDGETS = {
-    "arrays": _Budget(2 * _MIB, None),
-    "made in blocks": _Budget(32 * _MIB, 1024 * _MIB),
-}
-_CHUNKED = _Budget(2 * _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
+# On CPU a block and what is made of it stays in a core's cache, unless there is a head: then the
+# kernel's gradient is read and written once a block. Elsewhere the compiler fuses whole arrays into
+# as few passes as it can, and only what must be made first, a head's logits or a top-k's
+# complement, goes in blocks: of thousands of tokens, to fill the device.
+_CPU, _CPU_MADE = _Budget(1 / 128, _MIB // 4, _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB)
+_ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB)
+_ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
 
 
 class Choice(NamedTuple):
@@ -83,14 +87,14 @@ def choose(
         return Choice(*[exactly(batch, implementation.rows)] * 2)
     if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
         return at_once(batch)
-    budget = _BUDGETS["made in blocks" if made_in_blocks else "arrays"]
-    if implementation == "chunked" and not made_in_blocks:
-        budget = _CHUNKED
-    return Choice(*(_blocks(batch, classes, bytes_) for bytes_ in budget))
+    cpu = _CPU_MADE if made_in_blocks else _CPU
+    elsewhere = _ELSEWHERE_CHUNKED if implementation == "chunked" else None
+    elsewhere = _ELSEWHERE_MADE if made_in_blocks else elsewhere
+    return Choice(*(_blocks(batch, classes, budget) for budget in (cpu, elsewhere)))
 
 
-def _blocks(batch: tuple[int, ...], classes: int, budget: int | None) -> Blocks:
-    """Blocks of about the budget; a batch of less than a few of them goes at once."""
-    if budget is None or 4 * classes * math.prod(batch) <= 2 * budget:
+def _blocks(batch: tuple[int, ...], classes: int, budget: _Budget | None) -> Blocks:
+    """Blocks of about the budget; a batch of less than a few of the least goes at once."""
+    if budget is None or 4 * classes * math.prod(batch) <= 4 * budget.least:
         return whole(batch)
-    return fitting(batch, budget // (4 * classes))
+    return fitting(batch, budget.rows(batch, classes))

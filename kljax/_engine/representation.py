@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kljax._engine import statistics
 from kljax._engine.terms import log_difference
 
 Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
@@ -20,7 +21,10 @@ Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
 
 # What a term is shown at a class that does not exist; its answer there is dropped.
-_ABSENT = math.log(0.5)
+ABSENT = math.log(0.5)
+
+# Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
+_NEAR_PEAKS = 16
 
 
 class Spec(NamedTuple):
@@ -29,6 +33,9 @@ class Spec(NamedTuple):
     term: Term
     kinds: tuple[Kind, ...]
     axis: tuple[int, ...]
+    # What the term's derivatives to each side's log-probabilities sum to, in units of the value;
+    # None where that is not known beforehand, as for all sides by default.
+    slope_sums: tuple[float | None, ...] = ()
 
 
 class Operands(NamedTuple):
@@ -90,7 +97,7 @@ def view(spec: Spec, operands: Operands) -> View:
     ratio = _log_ratio(sides, operands.temperature)
     log_probs = tuple(side.log_probs for side in sides)
     if operands.where is not None:
-        log_probs = tuple(jnp.where(operands.where, x, _ABSENT) for x in log_probs)
+        log_probs = tuple(jnp.where(operands.where, x, ABSENT) for x in log_probs)
         ratio = jnp.where(operands.where, ratio, 0)
     full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
     return View(sides, tuple(full[:-1]), full[-1])
@@ -129,10 +136,7 @@ def _side(
     logs = _log(x.astype(dtype)) if kind == "probs" else x.astype(dtype)
     if not normalizes(kind, operands.temperature):
         return Side(logs, logs)
-    # In the input's own dtype: to widen it before the maximum would store a wide copy.
-    peak = jnp.max(lax.stop_gradient(x), axis=axis, keepdims=True, initial=least).astype(dtype)
-    peak = _log(peak) if kind == "probs" else peak
-    return _normalize(logs, peak, operands.where, operands.temperature, axis)
+    return _normalize(logs if kind == "probs" else x, logs, operands, axis)
 
 
 def _log(probs: Array) -> Array:
@@ -140,23 +144,16 @@ def _log(probs: Array) -> Array:
     return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, probs)))
 
 
-def _normalize(
-    logs: Array,
-    peak: Array,
-    where: Array | None,
-    temperature: Array | None,
-    axis: tuple[int, ...],
-) -> Side:
-    zero = jnp.isneginf(logs)
-    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+def _normalize(x: Array, logs: Array, operands: Operands, axis: tuple[int, ...]) -> Side:
+    """Softmax of logs, which are x in a wider dtype."""
+    inverse = None if operands.temperature is None else 1 / operands.temperature
+    peak, mass = statistics.row_state(x, inverse, axis, logs.dtype)
     # The peak goes before the division: logits of 1e30 divided by T first would overflow.
-    scores = jnp.where(zero, 0, logs) - peak
-    if temperature is not None:
-        scores = scores / temperature
-    scores = jnp.where(zero, -jnp.inf, scores)
-    mass = jnp.sum(jnp.exp(scores), axis=axis, keepdims=True)
-    if where is not None:
-        mass = jnp.where(jnp.any(where, axis=axis, keepdims=True), mass, 1)
+    scores = logs - peak
+    if inverse is not None:
+        scores = statistics.scale(scores, inverse)
+    if operands.where is not None:
+        mass = jnp.where(jnp.any(operands.where, axis=axis, keepdims=True), mass, 1)
     return Side(logs, scores - jnp.log(mass), Softmax(scores, peak, mass))
 
 
@@ -167,18 +164,16 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     a, b = sides
     if a.softmax is None or b.softmax is None:
         return log_difference(a.log_probs, b.log_probs)
-    either = jnp.isneginf(a.logs) | jnp.isneginf(b.logs)
-    a_logs, b_logs = jnp.where(either, 0, a.logs), jnp.where(either, 0, b.logs)
-    # Near each other the logits differ exactly; far apart what stands below each peak does.
-    a_below, b_below = a_logs - a.softmax.peak, b_logs - b.softmax.peak
-    near = (a_logs - b_logs) - (a.softmax.peak - b.softmax.peak)
-    apart = jnp.abs(a_logs - b_logs) > jnp.maximum(jnp.abs(a_below), 1)
-    difference = jnp.where(apart, a_below - b_below, near)
+    # Where the peaks are near each other the logits differ exactly; else what stands below does.
+    shift = a.softmax.peak - b.softmax.peak
+    near = jnp.abs(shift) < _NEAR_PEAKS
+    a_base, b_base = (jnp.where(near, 0, side.softmax.peak) for side in (a, b))
+    difference = ((a.logs - a_base) - (b.logs - b_base)) - jnp.where(near, shift, 0)
     if temperature is not None:
-        difference = difference / temperature
+        difference = statistics.scale(difference, 1 / temperature)
     excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass
-    infinite = log_difference(a.log_probs, b.log_probs)
-    return jnp.where(either, infinite, difference - jnp.log1p(excess))
+    both_zero = jnp.isneginf(a.logs) & jnp.isneginf(b.logs)
+    return jnp.where(both_zero, 0, difference - jnp.log1p(excess))
 
 
 def _one_hot(

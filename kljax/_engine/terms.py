@@ -4,15 +4,19 @@ This is the only module that knows what 0 · log 0 and 0 · inf mean. A probabil
 log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and infinities alone.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 # Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
 _SERIES_BOUND = 0.5
+
+# Below this |z| log(1 + z) is summed as a series, which is exact to the last bit near 0.
+_LOG1P_BOUND = 0.25
 
 
 def log_difference(log_a: Array, log_b: Array) -> Array:
@@ -36,7 +40,7 @@ def weigh(weight: Array, value: Array) -> Array:
 
 @jax.custom_jvp
 def _weigh(weight: Array, value: Array) -> Array:
-    return jnp.where(weight == 0, 0, jnp.where(weight == 0, 0, value) * weight)
+    return jnp.where(weight == 0, 0, value * weight)
 
 
 @_weigh.defjvp
@@ -119,10 +123,13 @@ def term_generalized_kl(log_p: Array, log_q: Array, log_ratio: Array | None = No
 
 @jax.custom_jvp
 def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    close = jnp.abs(d) < _SERIES_BOUND
-    near = p * _expm1_minus(jnp.where(close, d, 0))
-    return jnp.where(close, near, (q - p) + term_kl(log_p, log_q, d))
+    return _generalized(jnp.exp(log_p), jnp.exp(log_q), d)
+
+
+def _generalized(p: Array, q: Array, d: Array) -> Array:
+    # d is -inf where only q = 0, even if p is too small for its dtype, and inf where only p = 0.
+    product = jnp.where(jnp.isinf(d), jnp.minimum(d, 0), p * d)
+    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * _expm1_minus(d), (q - p) - product)
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -141,10 +148,8 @@ def _generalized_kl_jvp(primals, tangents):
 @jax.custom_jvp
 def _probability_difference(log_p: Array, log_q: Array, d: Array) -> Array:
     """q - p, without cancellation where the two are close."""
-    close = jnp.abs(d) < _SERIES_BOUND
-    near = jnp.where(close, d, 0)
-    difference = jnp.exp(log_q) - jnp.exp(log_p)
-    return jnp.where(close, jnp.exp(log_p) * (near + _expm1_minus(near)), difference)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * (d + _expm1_minus(d)), q - p)
 
 
 @_probability_difference.defjvp
@@ -157,11 +162,11 @@ def _probability_difference_jvp(primals, tangents):
 
 def _expm1_minus(d: Array) -> Array:
     """exp(d) - 1 - d for |d| < 1/2, by its Taylor series to the last bit of the dtype."""
-    last = 17 if d.dtype == jnp.float64 else 10
-    total = jnp.ones_like(d)
-    for n in range(last, 2, -1):
-        total = 1 + total * d / n
-    return total * d * d / 2
+    last = 17 if d.dtype == jnp.float64 else 9
+    total = jnp.full_like(d, 1 / math.factorial(last))
+    for n in range(last - 1, 1, -1):
+        total = total * d + 1 / math.factorial(n)
+    return total * d * d
 
 
 def term_cross_entropy(log_p: Array, log_q: Array) -> Array:
@@ -218,6 +223,47 @@ def term_entropy(log_p: Array) -> Array:
     return term_cross_entropy(log_p, log_p)
 
 
+def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Array) -> Array:
+    """w KL(a, m) + (1 - w) KL(b, m) for m = w a + (1 - w) b, of which no term is negative.
+
+    Textbook and generalised KL terms give the same, for q - p cancels between the two.
+    """
+    return _jensen_shannon(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
+
+
+@jax.custom_jvp
+def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
+    from_a, from_b = _to_mixture(log_a, log_b, w, r)
+    return weigh(w, from_a) + weigh(1 - w, from_b)
+
+
+@partial(_jensen_shannon.defjvp, symbolic_zeros=True)
+def _jensen_shannon_jvp(primals, tangents):
+    log_a, log_b, w, _ = primals
+    a_dot, b_dot, w_dot, _ = tangents
+    log_m, over_a, over_b = _log_mixture(*primals)
+    tangent = jnp.zeros_like(log_a)
+    if not isinstance(a_dot, SymbolicZero):
+        tangent += weigh(w, term_kl(log_a, log_m, over_a)) * a_dot
+    if not isinstance(b_dot, SymbolicZero):
+        tangent += weigh(1 - w, term_kl(log_b, log_m, over_b)) * b_dot
+    if not isinstance(w_dot, SymbolicZero):
+        from_a, from_b = (
+            term_generalized_kl(log_a, log_m, over_a),
+            term_generalized_kl(log_b, log_m, over_b),
+        )
+        tangent += (from_a - from_b) * w_dot
+    return _jensen_shannon(*primals), tangent
+
+
+def _to_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array]:
+    """The generalised KL terms of both sides to their mixture."""
+    over_a, over_b = _log_over(w, r)
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    m = w * a + (1 - w) * b
+    return _generalized(a, m, over_a), _generalized(b, m, over_b)
+
+
 def log_mixture(
     log_a: Array, log_b: Array, weight: Array, log_ratio: Array | None = None
 ) -> tuple[Array, Array, Array]:
@@ -254,36 +300,69 @@ def log_mixture(
     """
     if log_ratio is None:
         log_ratio = log_difference(log_b, log_a)
-    log_m, over_a, over_b = _log_mixture(
-        *jnp.broadcast_arrays(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
-    )
-    return log_m, over_a, over_b
+    weight = jnp.asarray(weight, log_ratio.dtype)
+    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (log_a, log_b, weight, log_ratio)))
+    log_a, log_b, log_ratio = (jnp.broadcast_to(x, shape) for x in (log_a, log_b, log_ratio))
+    return _log_mixture(log_a, log_b, weight, log_ratio)
 
 
 @jax.custom_jvp
 def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
-    over_a = _log_weighted(1 - w, r)
-    over_b = _log_weighted(w, -r)
+    over_a, over_b = _log_over(w, r)
     # Stepping from the larger side never adds inf to -inf.
-    log_m = jnp.where(r > 0, log_b + over_b, log_a + over_a)
-    none = jnp.isneginf(log_m)
-    over_a = jnp.where(none & jnp.isneginf(log_a), 0, over_a)
-    over_b = jnp.where(none & jnp.isneginf(log_b), 0, over_b)
-    return log_m, over_a, over_b
+    return jnp.where(r > 0, log_b + over_b, log_a + over_a), over_a, over_b
 
 
-@_log_mixture.defjvp
+@partial(_log_mixture.defjvp, symbolic_zeros=True)
 def _log_mixture_jvp(primals, tangents):
     log_a, log_b, w, _ = primals
     a_dot, b_dot, w_dot, _ = tangents  # the ratio is log b - log a: no fourth variable
     log_m, over_a, over_b = _log_mixture(*primals)
-    a_in_m, b_in_m = jnp.exp(-over_a), jnp.exp(-over_b)
-    m_dot = weigh(w, a_in_m) * a_dot + weigh(1 - w, b_in_m) * b_dot + (a_in_m - b_in_m) * w_dot
-    return (log_m, over_a, over_b), (m_dot, m_dot - a_dot, m_dot - b_dot)
+    m_dot, a_moves, b_moves = jnp.zeros_like(log_m), jnp.zeros_like(log_m), jnp.zeros_like(log_m)
+    if not isinstance(a_dot, SymbolicZero):
+        m_dot, a_moves = m_dot + weigh(w, jnp.exp(-over_a)) * a_dot, a_dot
+    if not isinstance(b_dot, SymbolicZero):
+        m_dot, b_moves = m_dot + weigh(1 - w, jnp.exp(-over_b)) * b_dot, b_dot
+    if not isinstance(w_dot, SymbolicZero):
+        m_dot += (jnp.exp(-over_a) - jnp.exp(-over_b)) * w_dot
+    return (log_m, over_a, over_b), (m_dot, m_dot - a_moves, m_dot - b_moves)
 
 
-def _log_weighted(w: Array, r: Array) -> Array:
-    """log(1 - w + w exp(r)), exactly 0 at r = 0."""
-    close = jnp.abs(r) < 1
-    near = jnp.log1p(w * jnp.expm1(jnp.where(close, r, 0)))
-    return jnp.where(close, near, jnp.logaddexp(jnp.log1p(-w), jnp.log(w) + r))
+def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
+    """log m - log a and log m - log b of m = w a + (1 - w) b, from r = log b - log a.
+
+    Both from the side of more weight, m / heavy = 1 + light weight · (light / heavy - 1), so that
+    a small weight costs no accuracy and one logarithm serves both.
+    """
+    a_is_heavy = w >= 0.5
+    heavy, light = jnp.where(a_is_heavy, w, 1 - w), jnp.where(a_is_heavy, 1 - w, w)
+    ratio = jnp.where(a_is_heavy, r, -r)  # log light - log heavy
+    # Beyond this ratio the heavy side's share of m is below any rounding, or exp overflows.
+    digits, overflow = (37, 700) if r.dtype == jnp.float64 else (17, 85)
+    bound = jnp.minimum(jnp.log(heavy) - jnp.log(light) + digits, overflow)
+    only_light = ratio > jnp.where(light == 0, jnp.inf, bound)
+
+    exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
+    close = jnp.abs(ratio) < _SERIES_BOUND
+    z = light * jnp.where(close, ratio + _expm1_minus(ratio), exp_ratio - 1)
+    log1p_z = jnp.where(jnp.abs(z) < _LOG1P_BOUND, _log1p(z), jnp.log(heavy + light * exp_ratio))
+    over_heavy = _stored(jnp.where(only_light, ratio + jnp.log(light), log1p_z))
+    over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
+    return (
+        jnp.where(a_is_heavy, over_heavy, over_light),
+        jnp.where(a_is_heavy, over_light, over_heavy),
+    )
+
+
+def _stored(x: Array) -> Array:
+    """x, which a CPU had better store than compute once for each use."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def _log1p(z: Array) -> Array:
+    """log(1 + z) for |z| < 1/4, by its Taylor series to the last bit of the dtype."""
+    last = 26 if z.dtype == jnp.float64 else 12
+    total = jnp.full_like(z, 1 / last)
+    for n in range(last - 1, 0, -1):
+        total = 1 / n - total * z
+    return total * z

@@ -37,6 +37,7 @@ class _Seen(NamedTuple):
 
     best: Array
     rest: Array
+    all_taken: Array | bool = False  # no class is left for the rest
 
 
 def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
@@ -58,18 +59,21 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
         log_probs = jnp.broadcast_to(log_probs, (*batch, log_probs.shape[-1]))
         indices, best = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (given.indices, best))
         valid = jnp.broadcast_to(valid, best.shape)
-        if operands.where is not None:
-            where = jnp.broadcast_to(operands.where, log_probs.shape)
+        where = operands.where
+        if where is not None:
+            where = jnp.broadcast_to(where, log_probs.shape)
             valid &= jnp.take_along_axis(where, jnp.where(valid, indices, 0), axis=-1)
-        sides.append(_split(log_probs, indices, valid))
+        sides.append(_split(log_probs, indices, valid, where))
     best = jnp.where(valid, best, -jnp.inf)
-    sides.append(_Seen(best, _rest(given.log_tail, best)))
+    all_taken = sides[0].all_taken if sides else False
+    sides.append(_Seen(best, _rest(given.log_tail, best, all_taken)))
     inputs = tuple(_on_few_classes(sides, given.tail))
-    few = spec._replace(kinds=("log_probs",) * len(inputs), axis=(classes,))
+    kinds = ("log_probs",) * len(inputs)
+    few = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
     return few, operands._replace(inputs=inputs, where=None, temperature=None)
 
 
-def _split(log_probs: Array, indices: Array, valid: Array) -> _Seen:
+def _split(log_probs: Array, indices: Array, valid: Array, where: Array | None) -> _Seen:
     """The predictions at the k classes, and what they hold elsewhere."""
     classes = log_probs.shape[-1]
     inside = (indices >= 0) & (indices < classes)
@@ -80,15 +84,17 @@ def _split(log_probs: Array, indices: Array, valid: Array) -> _Seen:
     taken = jnp.put_along_axis(
         jnp.zeros(log_probs.shape, bool), places, True, axis=-1, inplace=False, mode="drop"
     )
-    return _Seen(best, log_sum_exp(jnp.where(taken, -jnp.inf, log_probs)))
+    left = ~taken if where is None else where & ~taken
+    outside = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
+    return _Seen(best, outside, ~jnp.any(left, axis=-1))
 
 
-def _rest(log_tail: Array | None, best: Array) -> Array:
+def _rest(log_tail: Array | None, best: Array, all_taken: Array | bool) -> Array:
     """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
     if log_tail is not None:
         return jnp.broadcast_to(log_tail.astype(best.dtype), best.shape[:-1])
     mass = log_sum_exp(best)
-    lacking = mass < 0
+    lacking = (mass < 0) & ~jnp.asarray(all_taken)
     return jnp.where(lacking, _log1mexp(jnp.where(lacking, mass, -1)), -jnp.inf)
 
 
@@ -98,10 +104,10 @@ def _on_few_classes(sides: list[_Seen], tail: Tail) -> list[Array]:
         best = best - log_sum_exp(best)[..., None]
         sides = [*sides[:-1], _Seen(best, jnp.full_like(sides[-1].rest, -jnp.inf))]
     if tail == "renormalize_both":
-        return [best - log_sum_exp(best)[..., None] for best, _ in sides]
+        return [side.best - log_sum_exp(side.best)[..., None] for side in sides]
     if tail == "truncate":
-        return [best for best, _ in sides]
-    return [jnp.concatenate([best, rest[..., None]], axis=-1) for best, rest in sides]
+        return [side.best for side in sides]
+    return [jnp.concatenate([side.best, side.rest[..., None]], axis=-1) for side in sides]
 
 
 def _unless_dead(x: Array, scale: Array | None) -> Array:

@@ -1,0 +1,105 @@
+"""The state of a row of logits: its peak, and its mass relative to that peak.
+
+Two states of parts of a row merge into the state of both: one algebra for whole rows, blocks of
+classes and shards. The empty state is its identity.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class RowState(NamedTuple):
+    """max x, kept finite where there is no mass at all, and the sum of exp((x - max) / T)."""
+
+    peak: Array
+    mass: Array
+
+
+def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> RowState:
+    """The state of no classes."""
+    return RowState(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))
+
+
+def merge(a: RowState, b: RowState, inverse_temperature: Array | float = 1.0) -> RowState:
+    """The state of two parts of a row together."""
+    peak = jnp.maximum(a.peak, b.peak)
+
+    def lowered(part: RowState) -> Array:
+        return part.mass * jnp.exp((part.peak - peak) * inverse_temperature)
+
+    return RowState(peak, lowered(a) + lowered(b))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def row_state(
+    x: Array, inverse_temperature: Array | None, axis: tuple[int, ...], dtype: jnp.dtype
+) -> RowState:
+    """The state of whole rows, with the axes kept; the peak is a constant to derivatives."""
+    operands = (x,) if inverse_temperature is None else (x, inverse_temperature)
+    # Where memory is the limit, one pass; a CPU is faster in two passes of simple reductions.
+    return lax.platform_dependent(
+        *operands,
+        cpu=partial(_in_two_passes, axis=axis, dtype=dtype),
+        default=partial(_in_one_pass, axis=axis, dtype=dtype),
+    )
+
+
+@row_state.defjvp
+def _row_state_jvp(axis, dtype, primals, tangents):
+    x, inverse = primals
+    x_dot, inverse_dot = tangents
+    state = row_state(x, inverse, axis, dtype)
+    scores, scores_dot = x.astype(dtype) - state.peak, x_dot.astype(dtype)
+    if inverse is not None:
+        scores, scores_dot = jax.jvp(scale, (scores, inverse), (scores_dot, inverse_dot))
+    mass_dot = jnp.sum(jnp.exp(scores) * scores_dot, axis=axis, keepdims=True)
+    return state, RowState(jnp.zeros_like(state.peak), mass_dot)
+
+
+@jax.custom_jvp
+def scale(scores: Array, inverse_temperature: Array) -> Array:
+    """scores / T, where a class without mass stays so at any temperature: no 0 · inf."""
+    return scores * inverse_temperature
+
+
+@scale.defjvp
+def _scale_jvp(primals, tangents):
+    (scores, inverse), (scores_dot, inverse_dot) = primals, tangents
+    moving = jnp.where(jnp.isinf(scores), 0, scores)
+    return scale(scores, inverse), scores_dot * inverse + moving * inverse_dot
+
+
+def _in_two_passes(
+    x: Array, inverse: Array | None = None, *, axis: tuple[int, ...], dtype: jnp.dtype
+) -> RowState:
+    # In the input's own dtype: to widen it before the maximum would store a wide copy.
+    peak = lax.reduce(x, jnp.finfo(x.dtype).min.astype(x.dtype), lax.max, axis)
+    peak = jnp.expand_dims(peak, axis).astype(dtype)
+    scores = x.astype(dtype) - peak
+    scores = scores if inverse is None else scores * inverse
+    mass = jnp.sum(jnp.exp(scores), axis=axis, keepdims=True)
+    # Else XLA:CPU would store the scores for those who subtract the same peak again.
+    return lax.optimization_barrier(RowState(peak, mass))
+
+
+def _in_one_pass(
+    x: Array, inverse: Array | None = None, *, axis: tuple[int, ...], dtype: jnp.dtype
+) -> RowState:
+    x = x.astype(dtype)
+    start = empty((), dtype)
+    parts = (jnp.maximum(x, start.peak), jnp.where(jnp.isneginf(x), 0, jnp.ones_like(x)))
+    scales = ()
+    if inverse is not None:  # a reduction cannot capture it
+        scales = (jnp.broadcast_to(inverse, x.shape),)
+
+    def combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        scales = tuple(map(jnp.maximum, a[2:], b[2:]))
+        return (*merge(RowState(*a[:2]), RowState(*b[:2]), *scales), *scales)
+
+    none = tuple(jnp.zeros((), dtype) for _ in scales)
+    peak, mass, *_ = lax.reduce((*parts, *scales), (*start, *none), combine, axis)
+    return RowState(jnp.expand_dims(peak, axis), jnp.expand_dims(mass, axis))

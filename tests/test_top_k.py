@@ -1,0 +1,687 @@
+"""A teacher's best classes as targets, kept or sampled: `TopK`, `top_k`, `sample_targets`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import oracle_large
+import pytest
+from helpers import assert_close
+from jax.experimental import checkify
+
+import kljax
+
+N, V, K = 6, 8, 3
+WEIGHTS = np.array([1, 0.5, 0, 2, 1, 0.25], np.float32)
+COTANGENT = np.linspace(-1, 2, N, dtype=np.float32)
+PARAMS = {
+    "jensen_shannon": {"beta": 0.3},
+    "skew_forward_kl": {"alpha": 0.2},
+    "skew_reverse_kl": {"alpha": 0.2},
+}
+BOUNDED = ["forward_kl", "reverse_kl", "jeffreys", "jensen_shannon"]  # by the full divergence
+EVERY = [*BOUNDED, "skew_forward_kl", "skew_reverse_kl", "cross_entropy"]
+TAILS = ["bucket", "renormalize", "renormalize_both", "truncate"]
+
+
+def f32(x):
+    return np.asarray(x, np.float32)
+
+
+def logits(rng, *shape, scale=2.0):
+    return f32(rng.normal(size=shape or (N, V)) * scale)
+
+
+def best(rng, k=K, **options):
+    """A teacher's logits and what the oracle keeps of them, in float32."""
+    teacher = logits(rng)
+    kept = oracle_large.top_k(teacher, k, **options)
+    return teacher, {name: x if name == "indices" else f32(x) for name, x in kept.items()}
+
+
+def padded(kept):
+    """The same, but the last entry of two examples is padding, of an index that is in use."""
+    kept = {name: x.copy() for name, x in kept.items()}
+    dropped = kept["log_probs"][[1, 4], -1]
+    kept["log_tail"][[1, 4]] = np.logaddexp(kept["log_tail"][[1, 4]], dropped)
+    kept["log_probs"][[1, 4], -1] = -np.inf
+    kept["indices"][[1, 4], -1] = kept["indices"][[1, 4], 0]
+    return kept
+
+
+# --- the four tails ---
+
+
+@pytest.mark.parametrize(
+    ("tail", "told", "names"),
+    [
+        ("bucket", True, EVERY),
+        ("bucket", False, ["forward_kl", "reverse_kl", "jensen_shannon"]),
+        ("renormalize", True, ["forward_kl", "jensen_shannon", "skew_reverse_kl"]),
+        ("renormalize_both", False, ["forward_kl", "reverse_kl", "jensen_shannon"]),
+        ("truncate", True, ["forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_every_tail(rng, tail, told, names):
+    """Values and gradients, the mass of the rest told or not, with padding, T and weights.
+
+    Only a bucket reads what it is told.
+    """
+    _, kept = best(rng, temperature=2.0)
+    kept = padded(kept)
+    log_tail = kept["log_tail"] if told else None
+    a = {"predictions": logits(rng), "log_probs": kept["log_probs"]}
+    if tail == "bucket" and told:  # two leaves, and only together are they a distribution
+        a.pop("log_probs")
+    options = {"tail": tail, "temperature": 2.0}
+
+    @jax.jit
+    def step(a):
+        def loss(a, name):
+            x, log_probs = a["predictions"], a.get("log_probs", kept["log_probs"])
+            targets = kljax.TopK(kept["indices"], log_probs, log_tail, **options)
+            params = {"temperature": 2.0, "weights": WEIGHTS} | PARAMS.get(name, {})
+            each = getattr(kljax, name)(x, targets, **params)
+            return jnp.vdot(COTANGENT, each), each
+
+        return {name: jax.grad(loss, has_aux=True)(a, name) for name in names}
+
+    for name, (got, each) in step(a).items():
+
+        def want(a, name=name):
+            x, log_probs = a["predictions"], a.get("log_probs", kept["log_probs"])
+            sides = x, kept["indices"], log_probs, log_tail
+            each = oracle_large.top_k_divergence(name, *sides, **options, **PARAMS.get(name, {}))
+            return oracle.reduce(each, WEIGHTS)
+
+        assert each.dtype == jnp.float32
+        assert_close(each, want(a))
+        slopes = oracle_large.gradients(lambda a, want=want: want(a) @ COTANGENT, a)
+        for side in a:
+            assert_close(got[side], slopes[side])
+
+
+def test_a_truncated_sum_may_be_negative():
+    """s = (.6, .4), t = (.9, .1), k = 1: the bare sum is negative where the divergence is not."""
+    predictions, targets = np.log([0.6, 0.4]), np.log([0.9, 0.1])
+    truncated = kljax.TopK(np.array([0]), f32(targets[:1]), tail="truncate")
+    bucket = kljax.TopK(np.array([0]), f32(targets[:1]))
+    assert_close(kljax.reverse_kl(f32(predictions), truncated), 0.6 * np.log(0.6 / 0.9))
+    np.testing.assert_allclose(kljax.reverse_kl(f32(predictions), truncated), -0.243, atol=5e-4)
+    np.testing.assert_allclose(kljax.reverse_kl(f32(predictions), f32(targets)), 0.311, atol=5e-4)
+    # Of two classes the bucket holds one: nothing is lost.
+    np.testing.assert_allclose(kljax.reverse_kl(f32(predictions), bucket), 0.311, atol=5e-4)
+
+
+def test_the_bucket_is_a_lower_bound(rng):
+    """0 ≤ D with fewer classes ≤ D with more ≤ D of all classes, which k = V is."""
+    x, y = logits(rng, 40, 12), logits(rng, 40, 12)
+    ks = (1, 2, 5, 11, 12)
+
+    @jax.jit
+    def step(x, y):
+        f = lambda name, k: getattr(kljax, name)(x, kljax.top_k(y, k))  # noqa: E731
+        return {name: [f(name, k) for k in ks] for name in BOUNDED}
+
+    for name, bounds in step(x, y).items():
+        bounds = np.asarray(bounds)
+        full = oracle.divergence(name, x, y)
+        assert (bounds > -1e-6).all()
+        assert (bounds[0] < full - 1e-3).any()
+        np.testing.assert_array_less(bounds[:-1], bounds[1:] + 1e-5)
+        np.testing.assert_array_less(bounds[-2], full + 1e-5)
+        assert_close(bounds[-1], full)
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_the_bucket_is_zero_at_equality(rng, temperature):
+    """Of the same logits value and gradients are 0; of others with the same parts the value is."""
+    y = logits(rng)
+    others = y.copy()
+    order = np.argsort(-y, axis=-1)
+    rest = order[:, K:]
+    np.put_along_axis(others, rest, np.take_along_axis(y, rest[:, ::-1], -1), -1)
+    moved = y.copy()
+    np.put_along_axis(moved, order[:, :1], y.max(-1, keepdims=True) + 0.1, -1)
+
+    @jax.jit
+    def step(x, y):
+        def loss(x, y, name):
+            targets = kljax.top_k(y, K, temperature=temperature)
+            each = getattr(kljax, name)(x, targets, temperature=temperature)
+            return jnp.sum(each), each
+
+        return {name: jax.grad(loss, (0, 1), has_aux=True)(x, y, name) for name in BOUNDED}
+
+    for gradients, each in step(y, y).values():
+        for zero in (each, *gradients):
+            np.testing.assert_allclose(zero, np.zeros_like(zero), rtol=0, atol=5e-7)
+    for _, each in step(others, y).values():
+        np.testing.assert_allclose(each, np.zeros(N), rtol=0, atol=5e-7)
+    for _, each in step(moved, y).values():
+        assert (each > 1e-5).all()
+
+
+# --- the mass of the rest ---
+
+
+def test_confident_sides(rng):
+    """A rest of 1e-9 or less on either side keeps its digits: none is taken from 1 - Σ."""
+    x, y = (
+        z + 26 * np.eye(V, dtype=np.float32)[[0, 1, 2, 0, 1, 2]] for z in (logits(rng), logits(rng))
+    )
+    targets = kljax.top_k(y, 1)
+    want = oracle_large.top_k(y, 1)
+    assert want["log_tail"].max() < -15
+    np.testing.assert_allclose(targets.log_tail, want["log_tail"], rtol=1e-5)
+    np.testing.assert_allclose(targets.log_probs, want["log_probs"], atol=1e-6)
+    for name in BOUNDED:
+        got = getattr(kljax, name)(x, targets)
+        assert_close(got, oracle_large.top_k_divergence(name, x, **want))
+
+
+def test_all_classes_leave_no_rest(rng):
+    """k = V is the full divergence, also without log_tail, though a float32 sum is not quite 1."""
+    x, y = logits(rng, 64, V), logits(rng, 64, V)
+    kept = kljax.top_k(y, V)
+    np.testing.assert_array_equal(kept.log_tail, np.full(64, -np.inf))
+    untold = kljax.TopK(kept.indices, kept.log_probs)
+
+    @jax.jit
+    def step(x, name, targets):
+        return jax.value_and_grad(lambda x: name(x, targets).sum())(x)
+
+    step = jax.jit(step.__wrapped__, static_argnums=1)
+    for name in ("forward_kl", "reverse_kl"):
+        for targets in (kept, untold):
+            assert_close(getattr(kljax, name)(x, targets), oracle.divergence(name, x, y))
+            value, gradient = step(x, getattr(kljax, name), targets)
+            assert_close(value, oracle.divergence(name, x, y).sum())
+            assert_close(gradient, oracle.gradient(name, x, y))
+
+
+def test_a_sum_that_rounding_left_above_one(rng):
+    """Without log_tail such targets have no rest, and every derivative is finite."""
+    x = logits(rng, 2, V)
+    log_probs = np.array([[0.7, 0.3], [0.5, 0.5]]) * (1 + 5e-7)
+    a = {"predictions": x, "log_probs": f32(np.log(log_probs))}
+    indices = np.array([[2, 5], [0, 7]])
+    assert (np.exp(a["log_probs"].astype(np.float64)).sum(-1) > 1).all()
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def step(a):
+        each = kljax.forward_kl(a["predictions"], kljax.TopK(indices, a["log_probs"]))
+        return jnp.sum(each), each
+
+    def want(a):
+        return oracle_large.top_k_divergence(
+            "forward_kl", a["predictions"], indices, a["log_probs"]
+        )
+
+    (_, each), got = step(a)
+    assert_close(each, want(a))
+    slopes = oracle_large.gradients(lambda a: want(a).sum(), a)
+    assert_close(got["predictions"], slopes["predictions"])
+    assert np.isfinite(got["log_probs"]).all()
+
+
+def test_a_cache_of_16_bits(rng):
+    """bfloat16 log-probabilities, as caches keep them, are widened; so are 8-bit indices."""
+    _, kept = best(rng)
+    x = logits(rng)
+    narrow = {name: jnp.asarray(kept[name], jnp.bfloat16) for name in ("log_probs", "log_tail")}
+    targets = kljax.TopK(kept["indices"].astype(np.uint8), *narrow.values())
+    value, gradient = jax.value_and_grad(lambda x: kljax.cross_entropy(x, targets).sum())(x)
+    sides = {"indices": kept["indices"], **{name: f32(z) for name, z in narrow.items()}}
+    assert value.dtype == jnp.float32
+    assert_close(value, oracle_large.top_k_divergence("cross_entropy", x, **sides).sum())
+    want = oracle_large.gradients(
+        lambda a: oracle_large.top_k_divergence("cross_entropy", a["x"], **sides).sum(), {"x": x}
+    )
+    assert_close(gradient, want["x"])
+
+
+# --- top_k ---
+
+
+def test_top_k(rng):
+    """The k best classes, their log-probabilities under all classes, and the log of the rest."""
+    x = logits(rng, 2, 3, V)
+    for temperature, trace in ((None, jax.jit), (2.0, lambda f: f)):
+        got = trace(partial(kljax.top_k, k=K, temperature=temperature))(x)
+        want = oracle_large.top_k(x, K, temperature=temperature)
+        np.testing.assert_array_equal(got.indices, want["indices"])
+        assert_close(got.log_probs, want["log_probs"])
+        assert_close(got.log_tail, want["log_tail"])
+        assert got.tail == "bucket"
+        assert got.temperature == temperature
+    narrow = kljax.top_k(jnp.asarray(x, jnp.bfloat16), K)
+    want = oracle_large.top_k(f32(jnp.asarray(x, jnp.bfloat16)), K)
+    assert narrow.log_probs.dtype == narrow.log_tail.dtype == jnp.float32
+    assert_close(narrow.log_probs, want["log_probs"])
+    assert_close(narrow.log_tail, want["log_tail"])
+    assert jnp.issubdtype(got.indices.dtype, jnp.integer)
+
+
+def test_gradient_through_top_k(rng):
+    """A teacher that learns gets the derivative of the divergence from its best classes."""
+    a = {"x": logits(rng), "y": logits(rng)}
+
+    @jax.jit
+    @jax.grad
+    def step(a):
+        targets = kljax.top_k(a["y"], K, temperature=2.0)
+        return kljax.jensen_shannon(a["x"], targets, temperature=2.0, reduction="sum")
+
+    def want(a):
+        kept = oracle_large.top_k(a["y"], K, temperature=2.0)
+        return oracle_large.top_k_divergence(
+            "jensen_shannon", a["x"], **kept, temperature=2.0
+        ).sum()
+
+    got, slopes = step(a), oracle_large.gradients(want, a)
+    for side in a:
+        assert_close(got[side], slopes[side])
+
+
+# --- options ---
+
+
+def test_predictions_of_every_kind(rng):
+    """Heads, in blocks, log-probabilities and probabilities beside the best classes."""
+    _, kept = best(rng)
+    parts = {"hidden": f32(rng.normal(size=(N, 4))), "kernel": f32(rng.normal(size=(4, V)))}
+    log_probs = oracle.log_probs(logits(rng))
+    a = {**parts, "log_probs": f32(log_probs), "probs": f32(np.exp(log_probs))}
+    build = {
+        "head": lambda a: kljax.Head(a["hidden"], a["kernel"], softcap=3.0),
+        "log_probs": lambda a: kljax.LogProbs(a["log_probs"]),
+        "probs": lambda a: kljax.Probs(a["probs"]),
+    }
+    targets = kljax.TopK(**kept)
+
+    @jax.jit
+    def step(a):
+        def loss(a, kind):
+            blocks = kljax.Chunked(rows=4)
+            each = kljax.jeffreys(build[kind](a), targets, weights=WEIGHTS, implementation=blocks)
+            return jnp.vdot(COTANGENT, each), each
+
+        return {kind: jax.grad(loss, has_aux=True)(a, kind) for kind in build}
+
+    for kind, (got, each) in step(a).items():
+
+        def want(a, kind=kind):
+            side = {"hidden": a["hidden"], "kernel": a["kernel"], "softcap": 3.0}
+            side, held = (side, "logits") if kind == "head" else (a[kind], kind)
+            each = oracle_large.top_k_divergence("jeffreys", side, **kept, kind=held)
+            return oracle.reduce(each, WEIGHTS)
+
+        assert_close(each, want(a))
+        read = {name: a[name] for name in (parts if kind == "head" else [kind])}
+        slopes = oracle_large.gradients(lambda x, want=want: want(a | x) @ COTANGENT, read)
+        for name in read:
+            assert_close(got[name], slopes[name])
+
+
+def test_blocks_shapes_and_masks(rng):
+    """Blocks of any size, a batch of two axes or shared, classes that do not exist."""
+    teacher, kept = best(rng)
+    x, targets = logits(rng), kljax.TopK(**kept)
+    where = np.ones((N, V), bool)
+    np.put_along_axis(where, np.argsort(-teacher, axis=-1)[:, -2:], values=False, axis=-1)
+    fold = lambda z: jnp.asarray(z).reshape(2, 3, *z.shape[1:])  # noqa: E731
+
+    @jax.jit
+    def step(x, targets):
+        f = kljax.reverse_kl
+        one = jax.tree.map(lambda z: z[0], targets)
+        choices = (None, "dense", "chunked", kljax.Chunked(rows=4))
+        return {
+            "blocks": [f(x, targets, implementation=choice) for choice in choices],
+            "two axes": f(fold(x), jax.tree.map(fold, targets)),
+            "shared targets": f(x, one),
+            "shared predictions": f(x[0], targets),
+            "where": f(x, targets, where=where),
+        }
+
+    got = step(x, targets)
+    want = partial(oracle_large.top_k_divergence, "reverse_kl")
+    one = {name: z[0] for name, z in kept.items()}
+    for each in (*got["blocks"], got["two axes"].reshape(N)):
+        assert_close(each, want(x, **kept))
+    assert_close(got["shared targets"], want(x, **one))
+    assert_close(got["shared predictions"], want(x[0], **kept))
+    assert_close(got["where"], want(x, **kept, where=where))
+
+
+def test_a_bad_example_of_weight_zero_has_no_effect(rng):
+    """NaN in predictions, log-probabilities or rest of such an example reaches nothing."""
+    _, kept = best(rng)
+    a = {"x": logits(rng), "log_probs": kept["log_probs"], "log_tail": kept["log_tail"]}
+    bad = {name: z.copy() for name, z in a.items()}
+    for z in bad.values():
+        z[WEIGHTS == 0] = np.nan
+
+    @jax.jit
+    @jax.value_and_grad
+    def step(a):
+        targets = kljax.TopK(kept["indices"], a["log_probs"], a["log_tail"])
+        return kljax.forward_kl(a["x"], targets, weights=WEIGHTS, reduction="mean")
+
+    def want(a):
+        each = oracle_large.top_k_divergence("forward_kl", a["x"], **kept)
+        return oracle.reduce(each, WEIGHTS, "mean")
+
+    value, got = step(bad)
+    assert_close(value, want(a))
+    assert_close(got["x"], oracle_large.gradients(want, {"x": a["x"]})["x"])
+    for gradient in got.values():
+        assert (np.asarray(gradient)[WEIGHTS == 0] == 0).all()
+        assert np.isfinite(gradient).all()
+
+
+def test_temperature_is_that_of_the_targets(rng):
+    """It applies to the predictions alone, and its derivative is theirs."""
+    _, kept = best(rng, temperature=2.0)
+    x, targets = logits(rng), kljax.TopK(**kept, temperature=2.0)
+
+    def loss(t):
+        return kljax.forward_kl(x, targets, temperature=t, reduction="sum")
+
+    def want(t):
+        return oracle_large.top_k_divergence("forward_kl", x, **kept, temperature=t).sum()
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(2.0)
+    assert_close(value, want(2.0))
+    assert_close(slope, oracle.derivative(want, 2.0))
+    # The temperature that the targets carry may be traced as well.
+    passed = jax.jit(lambda targets: kljax.forward_kl(x, targets, temperature=2.0).sum())
+    assert_close(passed(targets), want(2.0))
+
+
+# --- transforms ---
+
+
+def test_a_pytree_under_transforms(rng):
+    """Through jit, vmap, scan, grad and tree.map, with its static tail."""
+    _, kept = best(rng)
+    x, targets = logits(rng), kljax.TopK(**kept, tail="truncate")
+    want = oracle_large.top_k_divergence("forward_kl", x, **kept, tail="truncate")
+    step = lambda total, one: (total + kljax.forward_kl(*one), None)  # noqa: E731
+    assert_close(jax.jit(kljax.forward_kl)(x, targets), want)
+    assert_close(jax.vmap(kljax.forward_kl)(x, targets), want)
+    assert_close(jax.lax.scan(step, jnp.zeros(()), (x, targets))[0], want.sum())
+    assert_close(jax.checkpoint(kljax.forward_kl)(x, targets), want)
+    moved = jax.tree.map(lambda z: z[1:], targets)
+    assert isinstance(moved, kljax.TopK)
+    assert moved.tail == "truncate"
+    assert_close(kljax.forward_kl(x[1:], moved), want[1:])
+    tails = {jax.tree.structure(kljax.TopK(**kept, tail=tail)) for tail in TAILS}
+    assert len(tails) == 4, "a trace of one tail must never serve another"
+    gradient = jax.grad(
+        lambda targets: kljax.forward_kl(x, targets, reduction="sum"), allow_int=True
+    )(targets)
+    assert isinstance(gradient, kljax.TopK)
+    assert gradient.indices.dtype == jax.dtypes.float0
+
+
+@pytest.mark.usefixtures("x64")
+def test_forward_mode_and_second_order(rng):
+    """jvp is the oracle's tangent; the Hessian that of the plain formula."""
+    kept = oracle_large.top_k(rng.normal(size=(N, V)), K)
+    a = {"x": rng.normal(size=(N, V)), "log_probs": kept["log_probs"]}
+    along = {name: rng.normal(size=z.shape) for name, z in a.items()}
+
+    def loss(a, name="jeffreys"):
+        return getattr(kljax, name)(a["x"], kljax.TopK(kept["indices"], a["log_probs"]))
+
+    def want(a):
+        sides = a["x"], kept["indices"], a["log_probs"]
+        return oracle_large.top_k_divergence("jeffreys", *sides)
+
+    def plain(x):
+        """Forward KL of the first example, but for a constant."""
+        log_s = jax.nn.log_softmax(x)
+        on_best = np.isin(np.arange(V), kept["indices"][0])
+        rest = jax.nn.logsumexp(jnp.where(on_best, -jnp.inf, log_s))
+        return -(jnp.exp(kept["log_probs"][0]) @ log_s[kept["indices"][0]]) - (
+            np.exp(kept["log_tail"][0]) * rest
+        )
+
+    one = {name: z[:1] for name, z in a.items()}
+
+    def first(x):
+        targets = kljax.TopK(kept["indices"][0], one["log_probs"][0])
+        return kljax.forward_kl(x, targets)
+
+    assert_close(
+        jax.jit(lambda a, d: jax.jvp(loss, (a,), (d,))[1])(a, along),
+        oracle_large.tangent(want, a, along),
+        np.float64,
+    )
+    got, second = (jax.jit(jax.hessian(f))(a["x"][0]) for f in (first, plain))
+    np.testing.assert_allclose(got, second, rtol=1e-10, atol=1e-11)
+
+
+# --- distillation ---
+
+
+def test_distillation_loss(rng):
+    """Cached targets and labels: loss and gradient; the metrics that the cache can tell."""
+    labels, options = np.arange(N) % V, {"soft_weight": 0.7, "hard_weight": 0.4, "weights": WEIGHTS}
+    x = logits(rng)
+    for temperature in (None, 2.0):
+        _, kept = best(rng, temperature=temperature)
+
+        @jax.jit
+        @partial(jax.value_and_grad, has_aux=True)
+        def step(x, temperature=temperature, kept=kept):
+            targets = kljax.TopK(**kept, temperature=temperature)
+            return kljax.distillation_loss(x, targets, labels, temperature=temperature, **options)
+
+        def terms(x, temperature=temperature, kept=kept):
+            soft = oracle_large.top_k_divergence("forward_kl", x, **kept, temperature=temperature)
+            hard = oracle.divergence("cross_entropy", x, labels, kinds=("logits", "labels"))
+            return [oracle.reduce(each, WEIGHTS, "mean") for each in (soft, hard)]
+
+        def want(a, temperature=temperature, terms=terms):
+            soft, hard = terms(a["x"])
+            return 0.7 * (temperature or 1.0) ** 2 * soft + 0.4 * hard
+
+        (loss, metrics), got = step(x)
+        assert_close(loss, want({"x": x}))
+        assert_close(got, oracle_large.gradients(want, {"x": x})["x"])
+        assert_close([metrics.soft, metrics.hard], terms(x))
+        same = x.argmax(-1) == kept["indices"][:, 0]
+        assert_close(metrics.agreement, oracle.reduce(same, WEIGHTS, "mean"))
+        assert np.isfinite(metrics.teacher_entropy)
+
+
+# --- what does not fit ---
+
+X = np.linspace(0, 1, N * V, dtype=np.float32).reshape(N, V)
+INDICES = np.tile(np.arange(K), (N, 1))
+LOG_PROBS = np.full((N, K), -1.5, np.float32)
+
+
+def targets_of(indices=INDICES, log_probs=LOG_PROBS, *more, **options):
+    return kljax.TopK(indices, log_probs, *more, **options)
+
+
+ERRORS = {
+    "more than all": (lambda: kljax.top_k(X, V + 1), rf"top_k: k .*{V}.*got {V + 1}"),
+    "none": (lambda: kljax.top_k(X, 0), r"top_k: k .*got 0"),
+    "reverse": (
+        lambda: kljax.reverse_kl(X, targets_of(tail="renormalize")),
+        r"reverse_kl: .*renormalize.*bucket",
+    ),
+    "jeffreys": (
+        lambda: kljax.jeffreys(X, targets_of(tail="renormalize")),
+        r"jeffreys: .*renormalize.*bucket",
+    ),
+    "tail": (
+        lambda: kljax.forward_kl(X, targets_of(tail="drop")),
+        r'tail must be one of "bucket", "renormalize", "renormalize_both", "truncate".*drop',
+    ),
+    "log_probs": (
+        lambda: kljax.forward_kl(X, targets_of(INDICES, LOG_PROBS[:, :2])),
+        r"forward_kl: .*log_probs.*\(6, 3\).*got \(6, 2\)",
+    ),
+    "log_tail": (
+        lambda: kljax.forward_kl(X, targets_of(INDICES, LOG_PROBS, LOG_PROBS)),
+        r"forward_kl: .*log_tail.*\(6,\).*got \(6, 3\)",
+    ),
+    "batch": (
+        lambda: kljax.forward_kl(X[:5], targets_of()),
+        r"forward_kl: targets.*\(5,.*got \(6,",
+    ),
+    "broadcast": (
+        lambda: kljax.forward_kl(X, targets_of(INDICES[:1], LOG_PROBS[:1])),
+        r"forward_kl: targets.*\(6,.*got \(1,",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_message(case):
+    """Function, argument, what it should be, what it is."""
+    call, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_predictions_are_never_best_classes():
+    """Nothing is known of a prediction's other classes."""
+    with pytest.raises((TypeError, ValueError), match="forward_kl: predictions.*TopK"):
+        kljax.forward_kl(targets_of(), X)
+    with pytest.raises((TypeError, ValueError), match="entropy: p.*TopK"):
+        kljax.entropy(targets_of())
+    with pytest.raises(TypeError, match="indices.*integers.*float32"):
+        kljax.forward_kl(X, targets_of(LOG_PROBS))
+
+
+@pytest.mark.parametrize(("own", "given"), [(2.0, 3.0), (2.0, None), (None, 3.0)])
+def test_another_temperature_raises(own, given):
+    """Both are named, and what to do: a cache cannot be retempered."""
+    with pytest.raises(ValueError, match="forward_kl: .*temperature") as raised:
+        kljax.forward_kl(X, targets_of(temperature=own), temperature=given)
+    for part in (own, given, "top_k"):
+        assert str(part) in str(raised.value)
+
+
+def report(f, *args):
+    """What checkify says of a call: None, or the message."""
+    return checkify.checkify(jax.jit(f), errors=checkify.user_checks)(*args)[0].get()
+
+
+def test_values_are_checked():
+    """Indices out of range, another traced temperature; what is right is not reported."""
+    f = kljax.forward_kl
+    kept = kljax.top_k(X, K)
+    assert report(f, X, kept) is None
+    for wrong in (V, -1):
+        indices = kept.indices.at[1, 1].set(wrong)
+        assert "indices" in report(f, X, targets_of(indices, kept.log_probs, kept.log_tail))
+        got = f(X, targets_of(indices, kept.log_probs, kept.log_tail))
+        np.testing.assert_array_equal(np.isnan(got), np.arange(N) == 1)  # never another class
+    tempered = kljax.top_k(X, K, temperature=2.0)
+    at = lambda t: f(X, tempered, temperature=t)  # noqa: E731
+    assert report(at, 2.0) is None
+    message = report(at, 3.0)
+    assert "temperature" in message
+    assert "3.0" in message
+    assert "2.0" in message
+
+
+# --- sampled targets ---
+
+
+SETTINGS = {"temperature": 2.0, "proposal_power": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, SETTINGS, {"proposal_power": 0.0}], ids=["own", "flat", "even"]
+)
+def test_sampled_targets_are_unbiased(rng, options):
+    """Every outcome has the weights count·p/(n·q); over all of them the gradient is the full one.
+
+    The expectation is exact: each outcome enters with its multinomial probability.
+    """
+    classes, n = 3, 3
+    teacher, x = logits(rng, classes, scale=1.0), logits(rng, classes)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    draw = partial(kljax.sample_targets, logits=teacher, n=n, **options)
+    drawn = jax.jit(jax.vmap(lambda key: (lambda t: (t.indices, t.log_probs))(draw(key))))(keys)
+    indices, log_probs = map(np.asarray, drawn)
+    assert indices.shape == log_probs.shape == (2000, n)
+
+    # What was drawn, read back from the weights.
+    weights = np.zeros((2000, classes))
+    np.add.at(weights, (np.arange(2000)[:, None], indices), np.exp(log_probs.astype(np.float64)))
+    unit = oracle_large.importance_weights(teacher, np.eye(classes), **options).diagonal() / n
+    counts = np.rint(weights / unit)
+    assert_close(weights, counts * unit)
+    assert (counts.sum(-1) == n).all()
+    # Duplicates are merged: a class fills one slot, and the slots that are left are padding.
+    assert ((log_probs > -np.inf).sum(-1) == (counts > 0).sum(-1)).all()
+
+    q = np.exp(oracle_large.proposal(teacher, **options))
+    share, deviation = counts.sum(0) / counts.sum(), np.sqrt(q * (1 - q) / counts.sum())
+    assert (abs(share - q) < 5 * deviation).all()
+
+    outcomes = list(oracle_large.draws(np.log(q), n))
+    first = [np.flatnonzero((counts == count).all(-1))[0] for count, _ in outcomes]
+    targets = kljax.TopK(
+        indices[first], log_probs[first], temperature=options.get("temperature"), tail="truncate"
+    )
+    chances = f32([chance for _, chance in outcomes])
+    full = {"temperature": options.get("temperature")}
+
+    @partial(jax.jit, static_argnums=1)
+    def expected(x, f):
+        each = lambda x: f(jnp.tile(x, (len(first), 1)), targets, **full)  # noqa: E731
+        return jax.value_and_grad(lambda x: chances @ each(x))(x)
+
+    for name in ("forward_kl", "cross_entropy"):
+        value, gradient = expected(x, getattr(kljax, name))
+        assert_close(gradient, oracle.gradient(name, x, teacher, **full))
+    assert_close(value, oracle.divergence("cross_entropy", x, teacher, **full))
+
+
+def test_sampled_targets(rng):
+    """A batch, an impossible class, any transform; and the divergences take them as they are."""
+    teacher, x = logits(rng), logits(rng)
+    teacher[:, 3] = -np.inf
+    key = jax.random.key(1)
+    draw = jax.jit(partial(kljax.sample_targets, n=16, **SETTINGS))
+    targets = draw(key, teacher)
+    assert isinstance(targets, kljax.TopK)
+    assert targets.tail == "truncate"
+    assert targets.indices.shape == targets.log_probs.shape == (N, 16)
+    assert targets.log_probs.dtype == jnp.float32
+    present = np.asarray(targets.log_probs) > -np.inf
+    assert not (present & (np.asarray(targets.indices) == 3)).any()
+    assert ((targets.indices >= 0) & (targets.indices < V)).all()
+    again, other = draw(key, teacher), draw(jax.random.key(2), teacher)
+    np.testing.assert_array_equal(again.log_probs, targets.log_probs)
+    assert (np.asarray(other.log_probs) != np.asarray(targets.log_probs)).any()
+    rows = np.asarray(kljax.sample_targets(key, np.tile(teacher[:1], (64, 1)), 2).indices)
+    assert len(np.unique(rows, axis=0)) > 4, "examples are drawn independently"
+
+    # Weights above 1 are no error, and 16 slots of 8 classes are none either.
+    f = partial(kljax.forward_kl, temperature=2.0)
+    assert report(f, x, targets) is None
+    kept = {"indices": targets.indices, "log_probs": targets.log_probs, "tail": "truncate"}
+    assert_close(
+        f(x, targets), oracle_large.top_k_divergence("forward_kl", x, **kept, temperature=2.0)
+    )
+    eager = kljax.sample_targets(key, teacher, 16, **SETTINGS)
+    with pytest.raises(ValueError, match="temperature"):
+        kljax.forward_kl(x, eager, temperature=1.0)
+    with pytest.raises(ValueError, match="sample_targets: n .*got 0"):
+        kljax.sample_targets(key, teacher, 0)
