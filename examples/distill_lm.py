@@ -14,7 +14,7 @@ growing vocabularies, and the last command trains with one.
     python examples/distill_lm.py             # about three minutes on two CPU cores
     python examples/distill_lm.py --quick     # a smoke run
     python examples/distill_lm.py --targets top-k --divergence reverse
-    python examples/distill_lm.py --vocabulary 65536 --memory-limit 512 --steps 100 100
+    python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 --steps 120 60
 
 Needs jax, flax, optax, matplotlib and tqdm. Writes results.md, results.json and two figures into
 the folder named by --output.
@@ -234,15 +234,6 @@ def fit(
     return Trained(parameters, course, bits)
 
 
-def train_all(text: Text, args: Args) -> dict[str, Trained]:
-    teacher = Model(args.teacher, args)
-    trained = {"teacher": fit("teacher", teacher, None, args.steps[0], text, args)}
-    for name, source in (("labels only", None), ("distilled", teacher)):
-        student = Model(args.student, args)
-        trained[name] = fit(name, student, source, args.steps[1], text, args)
-    return trained
-
-
 def report(trained: dict[str, Trained]) -> str:
     """The results as Markdown; ± is the standard error of the choice of held-out windows."""
 
@@ -264,11 +255,14 @@ def report(trained: dict[str, Trained]) -> str:
 def plot(curves: dict[str, dict[int, float]], path: Path, **labels: str) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for (name, points), (color, line, width) in zip(curves.items(), STYLES, strict=False):
-        axis.plot(*zip(*points.items(), strict=True), line, c=color, lw=width, label=name)
+        axis.plot(
+            *zip(*points.items(), strict=True), line, marker=".", c=color, lw=width, label=name
+        )
     if labels.pop("scale", None):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(**labels)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -335,13 +329,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = load_text(args.seed, args.bytes_per_token)
     print(f"Text: {len(text.train):,} tokens to train on, {len(text.held_out):,} held out.")
     check_memory(args)
-    trained = train_all(text, args)
+    teacher = Model(args.teacher, args)
+    trained = {"teacher": fit("teacher", teacher, None, args.steps[0], text, args)}
+    for name, source in (("labels only", None), ("distilled", teacher)):
+        trained[name] = fit(name, Model(args.student, args), source, args.steps[1], text, args)
     table = report(trained)
     print(f"\n{table}\n")
 
     memory = {size: loss_memory(args, size) for size in VOCABULARIES[:: 2 if args.quick else 1]}
     courses = {name: run.course for name, run in trained.items()}
-    named = {"dense": "logits: dense", "fused": "heads: fused"}
+    named = {"dense": "dense: logits held whole", "fused": "fused: heads, block by block"}
     memories = {label: {size: memory[size][key] for size in memory} for key, label in named.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.md").write_text(table + "\n", encoding="utf-8")
