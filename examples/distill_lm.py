@@ -48,7 +48,7 @@ Args = argparse.Namespace
 ASCII = 128
 HEADS = 4
 EVALUATIONS = 10  # in the course of a training
-VOCABULARIES = [2**power for power in (10, 12, 14, 16, 18)]  # of the figure of memory
+TOKENS, VOCABULARIES = 8192, [2**power for power in (10, 12, 14, 16, 18)]  # compiled, not run
 NOT_READ = {"test", "tests", "idle_test", "site-packages", "encodings"}  # the last are tables
 DIVERGENCES = {
     "forward": kljax.forward_kl,
@@ -161,14 +161,14 @@ def distill(
     return loss
 
 
-def loss_memory(args: Args, vocabulary: int) -> dict[str, float]:
+def loss_memory(args: Args, **sizes: int) -> dict[str, float]:
     """MiB that the compiled loss and its gradient take beside inputs and outputs; nothing runs."""
-    args = Args(**{**vars(args), "vocabulary": vocabulary})
+    args = Args(**{**vars(args), **sizes})
     batch = (args.batch_size, args.context)
 
     def inputs() -> tuple[kljax.Head, kljax.Head, Array, Array]:
         student, teacher = (
-            kljax.Head(jnp.zeros((*batch, width)), jnp.zeros((width, vocabulary)))
+            kljax.Head(jnp.zeros((*batch, width)), jnp.zeros((width, args.vocabulary)))
             for width in (args.student[0], args.teacher[0])
         )
         return student, teacher, jnp.zeros(batch, int), jax.random.key(0)
@@ -273,7 +273,7 @@ def check_memory(args: Args) -> None:
     """States what the compiled losses take; past the limit dense is refused, fused is an error."""
     tokens, limit = args.batch_size * args.context, args.memory_limit
     print(f"Temporary memory of loss and gradient, {tokens:,} tokens x {args.vocabulary:,} rows:")
-    needed = loss_memory(args, args.vocabulary)
+    needed = loss_memory(args)
     for name, mebibytes in needed.items():
         verdict = "REFUSED" if mebibytes > limit else "passes"
         limited = f": {verdict} ({limit:g} MiB allowed)" if limit < np.inf else ""
@@ -336,7 +336,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = report(trained)
     print(f"\n{table}\n")
 
-    memory = {size: loss_memory(args, size) for size in VOCABULARIES[:: 2 if args.quick else 1]}
+    batch = {"batch_size": -(-TOKENS // args.context)}
+    vocabularies = VOCABULARIES[:: 4 if args.quick else 1]
+    memory = {size: loss_memory(args, vocabulary=size, **batch) for size in vocabularies}
     courses = {name: run.course for name, run in trained.items()}
     named = {"dense": "dense: logits held whole", "fused": "fused: heads, block by block"}
     memories = {label: {size: memory[size][key] for size in memory} for key, label in named.items()}
@@ -346,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.output / "results.json").write_text(json.dumps(results, default=str, indent=1) + "\n")
     title = "Text held out from training"
     plot(courses, args.output / "curves.png", xlabel="step", ylabel="bits per byte", title=title)
-    title = f"Loss and gradient of {args.batch_size * args.context:,} tokens"
+    title = f"Loss and gradient of {TOKENS:,} tokens"
     path, label = args.output / "memory.png", "temporary memory, MiB"
     plot(memories, path, xlabel="rows of the vocabulary", ylabel=label, title=title, scale="log")
     print(f"Wrote {args.output}/ in {time.perf_counter() - started:.0f} s in all.")
