@@ -4,7 +4,8 @@ A divergence is a formula on log-probabilities; `divergence` makes it a loss, fo
 as for the user's own. How a call flows:
 
     forward_kl(predictions, targets, …)   its body is the formula; `_of_kl` hands it the KL term
-    _pipeline.evaluate                    shapes and options checked; arrays, layout, weights read
+    _reading                              shapes and options checked; arrays and layout read
+    _pipeline.evaluate                    the term, the blocks and the weights chosen; then run
     _engine.representation.view           logits, log-probs or probs → log-probabilities and ratio
     _engine.rowwise                       block by block, with the gradient along the way
     _engine.dense.rows                    the term, summed over the classes, and its derivative
@@ -34,7 +35,8 @@ from kljax._engine.terms import (
     term_kl,
     weigh,
 )
-from kljax._pipeline import Formula, Held
+from kljax._pipeline import Formula
+from kljax._reading import Held
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName, Reduction
 
@@ -73,6 +75,10 @@ class Divergence(Protocol):
         params: tuple[Any, ...] = (),
         **options: Unpack[Options],
     ) -> Array: ...
+
+    def request(self, *, params: tuple[Any, ...] = ()) -> Request:
+        """What a call would ask for."""
+        ...
 
 
 def divergence(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from kljax import _pipeline
+from kljax import _pipeline, _reading
 from kljax import reduction as reductions
 from kljax._engine import checks, closures, rowwise
 from kljax._engine.blocks import Axes
@@ -18,7 +18,7 @@ from kljax._engine.dispatch import Choice, Implementation
 from kljax._engine.representation import Kind, Operands, Spec, compute_dtype
 from kljax._engine.rowwise import Run
 from kljax._engine.top_k import TopKInput
-from kljax._pipeline import Held
+from kljax._reading import Held
 from kljax.divergences import (
     ENTROPY,
     LABELS,
@@ -114,15 +114,15 @@ def distillation_loss(
     """
     checks.require_callable(_NAME, "divergence", divergence)
     sides = ("predictions", "targets")
-    held = tuple(map(partial(_pipeline.read, _NAME), sides, (predictions, targets)))
+    held = tuple(map(partial(_reading.read, _NAME), sides, (predictions, targets)))
     checks.require_no_top_k(_NAME, "predictions", held[0].kind)
-    layout = _pipeline.read_layout(_NAME, sides, held, axis)
+    layout = _reading.read_layout(_NAME, sides, held, axis)
     if labels is not None:
         labels = checks.to_array(_NAME, "labels", labels)
         checks.require_labels(_NAME, labels, layout)
     elif not checks.is_static_zero(hard_weight):
         checks.fail(_NAME, "labels", "given", "None", "Or set hard_weight=0.0.")
-    where, temperature = _pipeline.read_options(_NAME, layout, where, temperature, held)
+    where, temperature = _reading.read_options(_NAME, layout, where, temperature, held)
     weights, normalizer = reductions.prepare(
         _NAME, layout.batch, weights, reduction, normalizer, axis_name
     )
@@ -203,7 +203,7 @@ class _Batch(NamedTuple):
 class _Examples(NamedTuple):
     """What the loss of each example is made of."""
 
-    soft: Operands
+    soft: Operands  # its scale is never None
     plain: Operands | None
     labels: Array | None
     hard_scale: Array | None
@@ -269,11 +269,10 @@ def _each_example(
     """The loss of each example of a block, and what to log: both from the same logits."""
     soft = examples.soft
     unscaled = lax.stop_gradient(soft._replace(scale=None))
-    loss = jnp.zeros_like(soft.scale)
-    seen_soft = seen_plain = seen_hard = jnp.zeros_like(soft.scale)
+    loss = seen_soft = seen_plain = seen_hard = jnp.zeros_like(jnp.asarray(soft.scale))
     if spec is not None and plain_spec is not None:
         if setup.has_soft:
-            loss += _pipeline.example_values(spec, soft)
+            loss = loss + _pipeline.example_values(spec, soft)
         seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
         if soft.temperature is not None:
             seen_plain = _at_one(plain_spec, examples.plain or unscaled)
@@ -283,7 +282,7 @@ def _each_example(
         )
         hard_spec = Spec(LABELS.term, (setup.kinds[0], "labels"), setup.layout.axis)
         if setup.has_hard:
-            loss += _pipeline.example_values(hard_spec, student)
+            loss = loss + _pipeline.example_values(hard_spec, student)
         seen_hard = _pipeline.example_values(
             hard_spec, lax.stop_gradient(student._replace(scale=None))
         )
@@ -307,23 +306,23 @@ def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
     """Everything on the axes of the whole input, with its values checked."""
     layout = setup.layout
     inputs = tuple(
-        _pipeline.expand(layout, kind, x, batch.weights)
+        _reading.expand(layout, kind, x, batch.weights)
         for kind, x in zip(setup.kinds, batch.inputs, strict=True)
     )
     where = None if batch.where is None else layout.expand(batch.where)
     labels = batch.labels
     if labels is not None:
         labels = jnp.expand_dims(labels, layout.axis)
-        inputs, where = _pipeline.share_sharding((*inputs, labels), where, layout)
+        inputs, where = _reading.share_sharding((*inputs, labels), where, layout)
         *inputs, labels = inputs
     else:
-        inputs, where = _pipeline.share_sharding(inputs, where, layout)
+        inputs, where = _reading.share_sharding(inputs, where, layout)
     temperature = batch.temperature
     if temperature is not None:
         temperature = temperature.astype(batch.weights.dtype)
     operands = Operands(tuple(inputs), where, temperature, batch.params, None)
     sides = ("predictions", "targets")
-    _pipeline.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
+    _reading.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
     if labels is not None:
         own = batch.weights if batch.label_weights is None else batch.label_weights
         checks.check_weights(_NAME, "label_weights", batch.label_weights)
@@ -336,12 +335,12 @@ def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
     layout = setup.layout
     leading = tuple(range(len(layout.batch)))
     parts = (examples.soft, examples.plain)
-    axes = [a for part in parts if part for a in _pipeline.batch_axes(layout, part)]
+    axes = [a for part in parts if part for a in _reading.batch_axes(layout, part)]
     axes += [] if examples.labels is None else [layout.batch_axes]
     return (*axes, *([] if examples.hard_scale is None else [leading]))
 
 
-def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | None) -> Array:
+def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | None) -> Array | None:
     """The factor goes in with the weights, so that the loss's derivative rule holds it too."""
     if setup.reduction == "mean" and normalizer is None:
         normalizer = reductions.total(weights, "sum", setup.axis_name)

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks
 from kljax._engine.representation import compute_dtype
-from kljax._engine.top_k import log_sum_exp
+from kljax._engine.top_k import log_sum_exp, marked
 from kljax.distributions import Logits, TopK
 
 
@@ -54,7 +54,7 @@ def top_k(logits: ArrayLike | Logits, k: int, *, temperature: ArrayLike | None =
     scores, log_mass = _scores(x, "top_k", temperature)
     indices = lax.top_k(lax.stop_gradient(x), k)[1]
     best = jnp.take_along_axis(scores, indices, axis=-1)
-    taken = jnp.put_along_axis(jnp.zeros(x.shape, bool), indices, True, axis=-1, inplace=False)
+    taken = marked(indices, x.shape[-1])
     log_tail = log_sum_exp(jnp.where(taken, -jnp.inf, scores)) - log_mass
     return TopK(indices, best - log_mass[..., None], log_tail, temperature)
 

@@ -23,6 +23,7 @@ ORDER = [
     "kljax.objectives",
     "kljax.divergences",
     "kljax._pipeline",
+    "kljax._reading",
     "kljax.reduction",
     "kljax.sparse",
     "kljax.distributions",

@@ -97,7 +97,12 @@ def sweep(
 
     def read(k: Any) -> list[Array]:
         tied = leaves if k is None else _tied(leaves, axes, k)
-        return [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
+        block = [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
+        # Cut once: else XLA:CPU would cut the whole anew for every reader of the block.
+        return [
+            x if a is None else lax.optimization_barrier(x)
+            for x, a in zip(block, axes, strict=True)
+        ]
 
     shapes = jax.eval_shape(lambda: body(read(jnp.int32(0))))
     zeros = _zeros_like_varying(leaves)
@@ -108,7 +113,7 @@ def sweep(
         for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
-    def step(k: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+    def step(k: Any, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
         more, new = body(read(k))
         sums, rows = carry
         sums = [a + b for a, b in zip(sums, more, strict=True)]
@@ -253,7 +258,7 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
         whole = x.shape
         split = _split(blocks, whole, axes, None)[0]
 
-        def step(k: Array | None, x: Array) -> Array:
+        def step(k: Any, x: Array) -> Array:
             _, start, size = _split(blocks, whole, axes, k)
             block = lax.dynamic_slice(x, start, size)
             return lax.dynamic_update_slice(x, factor.astype(x.dtype) * block, start)

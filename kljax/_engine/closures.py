@@ -11,7 +11,7 @@ from jax import Array
 
 from kljax._engine import head
 from kljax._engine.blocks import Blocks, block_shapes
-from kljax._engine.representation import Operands, Spec, view
+from kljax._engine.representation import Operands, Spec, view, without_heads
 from kljax._engine.top_k import coarsen
 
 
@@ -79,8 +79,7 @@ def hoist(
 
 
 def _arguments(spec: Spec, operands: Operands) -> tuple[Any, ...]:
-    kinds = tuple("logits" if kind == "head" else kind for kind in spec.kinds)
-    spec, operands = coarsen(spec._replace(kinds=kinds), head.project(operands))
+    spec, operands = coarsen(without_heads(spec), head.project(operands))
     seen = view(spec, operands)
     return seen.log_probs, seen.log_ratio, operands.params
 

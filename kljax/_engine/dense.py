@@ -147,8 +147,9 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
 def _refined(total: Array, slope: Array, axis: tuple[int, ...]) -> Array:
     """The sum of the slopes as they were rounded, where one more pass over them costs little.
 
-    To take it off removes the rounding of the masses, which shows where both sides are close. As
-    the sum is known but for rounding, the difference is a constant to derivatives.
+    To take it off removes the rounding of the masses, which shows where both sides are close; on
+    accelerators it stays, as it does in the plain formula. As the sum is known but for rounding,
+    the difference is a constant to derivatives.
     """
     rounding = lax.platform_dependent(
         *lax.stop_gradient((total, slope)),

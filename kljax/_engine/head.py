@@ -106,7 +106,7 @@ def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Arr
         "kernel": lambda: _dot(head, parts.hidden, ct, "...h,...v->hv"),
         "bias": lambda: jnp.sum(ct, axis=tuple(range(ct.ndim - 1))),
         "scale": lambda: jnp.sum(_finite_times(parts.raw, to_scaled, 0)),
-        "live": lambda: None,
+        "live": lambda: jnp.zeros(()),  # bool: it never moves
     }
     present = [name for name in makers if getattr(head, name) is not None]
     return [makers[present[i]]() for i in own]

@@ -41,7 +41,7 @@ class Spec(NamedTuple):
 class Operands(NamedTuple):
     """What to compute it from; all arrays broadcast against the whole input, batch and classes."""
 
-    inputs: tuple[Array, ...]
+    inputs: tuple[Any, ...]  # arrays; heads and top-k sides until they are resolved
     where: Array | None
     temperature: Array | None
     params: tuple[Any, ...]
@@ -101,6 +101,12 @@ def view(spec: Spec, operands: Operands) -> View:
         ratio = jnp.where(operands.where, ratio, 0)
     full = [jnp.broadcast_to(x, shape) for x in (*log_probs, ratio)]
     return View(sides, tuple(full[:-1]), full[-1])
+
+
+def without_heads(spec: Spec) -> Spec:
+    """The same question where every head's logits are there."""
+    kinds: list[Kind] = ["logits" if kind == "head" else kind for kind in spec.kinds]
+    return spec._replace(kinds=tuple(kinds))
 
 
 def log_probs_of(spec: Spec, operands: Operands) -> Array:
@@ -167,8 +173,9 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
     shift = a.softmax.peak - b.softmax.peak
     near = jnp.abs(shift) < _NEAR_PEAKS
-    a_base, b_base = (jnp.where(near, 0, side.softmax.peak) for side in (a, b))
-    difference = ((a.logs - a_base) - (b.logs - b_base)) - jnp.where(near, shift, 0)
+    a_below = a.logs - jnp.where(near, 0, a.softmax.peak)
+    b_below = b.logs - jnp.where(near, 0, b.softmax.peak)
+    difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = statistics.scale(difference, 1 / temperature)
     excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass

@@ -81,12 +81,24 @@ def _split(log_probs: Array, indices: Array, valid: Array, where: Array | None) 
     best = jnp.take_along_axis(log_probs, jnp.where(valid & inside, indices, 0), axis=-1)
     best = jnp.where(inside, best, jnp.nan)
     best = jnp.where(valid, best, -jnp.inf)
-    taken = jnp.put_along_axis(
-        jnp.zeros(log_probs.shape, bool), places, True, axis=-1, inplace=False, mode="drop"
-    )
+    taken = marked(places, classes)
     left = ~taken if where is None else where & ~taken
     outside = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
     return _Seen(best, outside, ~jnp.any(left, axis=-1))
+
+
+def marked(indices: Array, classes: int) -> Array:
+    """Whether each class is among the indices; those past the end are dropped.
+
+    Mapped over the batch, not scattered with indices of it: so a spread batch stays spread.
+    """
+
+    def one(indices: Array) -> Array:
+        return jnp.zeros(classes, bool).at[indices].set(True, mode="drop")
+
+    for _ in indices.shape[:-1]:
+        one = jax.vmap(one)
+    return one(indices)
 
 
 def _rest(log_tail: Array | None, best: Array, all_taken: Array | bool) -> Array:

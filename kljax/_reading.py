@@ -1,0 +1,223 @@
+"""What a call is given: from the user's arguments to the engine's operands."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+from jax.typing import ArrayLike
+
+from kljax._engine import checks
+from kljax._engine.blocks import Axes
+from kljax._engine.checks import Layout
+from kljax._engine.head import HeadInput
+from kljax._engine.representation import Kind, Operands, normalizes
+from kljax._engine.top_k import Tail, TopKInput
+from kljax.distributions import Head, Logits, LogProbs, Probs, TopK
+
+Input = Any  # Array, HeadInput or TopKInput
+
+
+class Held(NamedTuple):
+    """A distribution, unpacked."""
+
+    kind: Kind
+    value: Input
+    bare: bool = False  # the user did not say what it is
+    temperature: ArrayLike | None = None  # what a top-k was taken at
+
+
+def read(name: str, argument: str, value: Any) -> Held:
+    """What an argument holds; a bare array holds logits."""
+    array = partial(checks.to_array, name)
+    match value:
+        case Held():
+            return value
+        case Head():
+            return Held("head", _read_head(name, argument, value))
+        case TopK(indices, log_probs, log_tail, temperature, tail):
+            checks.require_choice(name, f"{argument}.tail", tail, get_args(Tail))
+            given = TopKInput(
+                array(f"{argument}.indices", indices),
+                array(f"{argument}.log_probs", log_probs),
+                None if log_tail is None else array(f"{argument}.log_tail", log_tail),
+                tail,
+            )
+            checks.require_top_k(name, argument, given.indices, given.log_probs, given.log_tail)
+            return Held("top_k", given, temperature=temperature)
+        case Logits(logits=x):
+            held = Held("logits", array(argument, x))
+        case LogProbs(log_probs=x):
+            held = Held("log_probs", array(argument, x))
+        case Probs(probs=x):
+            held = Held("probs", array(argument, x))
+        case _:
+            held = Held("logits", array(argument, value), bare=True)
+    checks.require_float(name, argument, held.value)
+    return held
+
+
+def _read_head(name: str, argument: str, head: Head) -> HeadInput:
+    parts = {
+        part: checks.to_array(name, f"{argument}.{part}", getattr(head, part))
+        for part in ("hidden", "kernel", "bias", "scale")
+        if getattr(head, part) is not None
+    }
+    checks.require_head(name, argument, parts, head.softcap)
+    softcap = None if head.softcap is None else float(head.softcap)
+    return HeadInput(
+        parts["hidden"], parts["kernel"], parts.get("bias"), parts.get("scale"), None, softcap
+    )
+
+
+def read_layout(
+    name: str, arguments: tuple[str, ...], held: tuple[Held, ...], axis: int | Iterable[int]
+) -> Layout:
+    """Where batch and classes lie, from the sides that have classes; the others fit or raise."""
+    shapes = {
+        argument: _shape(side)
+        for argument, side in zip(arguments, held, strict=True)
+        if side.kind not in ("labels", "top_k")
+    }
+    for argument, side in zip(arguments, held, strict=True):
+        if side.kind == "top_k":  # of the predictions' classes
+            (whole,) = shapes.values()
+            shapes[argument] = (*side.value.log_probs.shape[:-1], *whole[-1:])
+    layout = checks.require_layout(name, shapes, axis)
+    for argument, side in zip(arguments, held, strict=True):
+        if side.kind == "labels":
+            checks.require_labels(name, side.value, layout)
+        if side.kind in ("head", "top_k"):
+            checks.require_classes_last(name, argument, layout)
+    return layout
+
+
+def _shape(side: Held) -> tuple[int, ...]:
+    value = side.value
+    if isinstance(value, HeadInput):
+        return (*value.hidden.shape[:-1], value.kernel.shape[-1])
+    return value.shape
+
+
+def read_options(
+    name: str,
+    layout: Layout,
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+    held: tuple[Held, ...],
+) -> tuple[Array | None, Array | None]:
+    """The options that change the distributions, as arrays."""
+    for side in held:
+        if side.kind == "top_k":
+            checks.require_same_temperature(name, side.temperature, temperature)
+    if where is not None:
+        where = checks.to_array(name, "where", where)
+        checks.require_where(name, where, layout)
+    if temperature is not None:
+        temperature = checks.require_temperature(name, temperature)
+    return where, temperature
+
+
+def expand(layout: Layout, kind: Kind, x: Input, weights: Array | None) -> Input:
+    """A side on the axes of the whole input; axes that it lacks have the size 1."""
+    if isinstance(x, HeadInput | TopKInput):
+        rank = len(layout.batch)
+        lead = lambda z: z.reshape((1,) * (rank + 1 - z.ndim) + z.shape)  # noqa: E731
+        if isinstance(x, HeadInput):
+            shared = x.hidden.ndim <= rank
+            live = None if weights is None or shared else weights.astype(bool)
+            return replace(x, hidden=lead(x.hidden), live=live)
+        tail = x.log_tail
+        if tail is not None and tail.ndim < rank:
+            tail = tail.reshape((1,) * rank)
+        return replace(x, indices=lead(x.indices), log_probs=lead(x.log_probs), log_tail=tail)
+    return jnp.expand_dims(x, layout.axis) if kind == "labels" else layout.expand(x)
+
+
+def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:
+    """Where each leaf of the operands, in order, has its batch axes; None: it has none."""
+    leading = tuple(range(len(layout.batch)))
+
+    def of(x: Input) -> list[Axes]:
+        if isinstance(x, HeadInput):
+            shared: list[Axes] = [None for z in (x.kernel, x.bias, x.scale) if z is not None]
+            return [leading, *shared, *([] if x.live is None else [leading])]
+        if isinstance(x, TopKInput):
+            return [leading for _ in jax.tree.leaves(x)]
+        return [layout.batch_axes]
+
+    axes = [a for x in operands.inputs for a in of(x)]
+    axes += [] if operands.where is None else [layout.batch_axes]
+    axes += [None for _ in jax.tree.leaves((operands.temperature, operands.params))]
+    return (*axes, *([] if operands.scale is None else [leading]))
+
+
+def share_sharding(
+    inputs: tuple[Input, ...], where: Array | None, layout: Layout
+) -> tuple[tuple[Input, ...], Array | None]:
+    """On a mesh of explicit axes a select demands that its operands are spread alike."""
+    arrays = [x for x in inputs if isinstance(x, Array)]
+    specs = (jax.typeof(x).sharding.spec for x in arrays if x.shape == layout.shape)
+    spec = next((spec for spec in specs if any(spec)), None)
+    if spec is None:
+        return inputs, where
+
+    def spread(x: Any) -> Any:
+        if not isinstance(x, Array):
+            return x
+        if jnp.issubdtype(x.dtype, jnp.integer):  # labels have no classes to spread over
+            return jax.sharding.reshard(
+                x, PartitionSpec(*(None if i in layout.axis else n for i, n in enumerate(spec)))
+            )
+        return jax.sharding.reshard(jnp.broadcast_to(x, layout.shape), PartitionSpec(*spec))
+
+    return tuple(map(spread, inputs)), None if where is None else spread(where)
+
+
+def check_values(
+    name: str,
+    arguments: tuple[str, ...],
+    kinds: tuple[Kind, ...],
+    bare: tuple[bool, ...],
+    layout: Layout,
+    operands: Operands,
+    weights: Array | None,
+) -> None:
+    """Report values that cannot be what their type says, under checkify."""
+    if any(map(on_explicit_mesh, operands.inputs)):
+        return  # checkify's checks cannot be mapped over such an axis
+    checks.check_weights(name, "weights", weights)
+    checks.check_temperature(name, operands.temperature)
+    live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
+    counted = live if operands.where is None else operands.where
+    if live is not None and operands.where is not None:
+        counted = operands.where & live
+    for argument, kind, x, is_bare in zip(arguments, kinds, operands.inputs, bare, strict=True):
+        if kind == "head":
+            continue  # its logits are never held as a whole
+        if kind == "labels":
+            checks.check_labels(name, x, live, layout.classes[0])
+            continue
+        if kind == "top_k":
+            checks.check_top_k(f"{name}: {argument}", x.indices, x.log_probs, live, layout)
+            continue
+        whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any example does
+        at_its_word = not normalizes(kind, operands.temperature)
+        checks.check_distribution(
+            f"{name}: {argument}",
+            kind,
+            whole,
+            counted,
+            layout.axis,
+            bare=is_bare,
+            exact=at_its_word,
+        )
+
+
+def on_explicit_mesh(value: Input) -> bool:
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(value))
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
