@@ -393,3 +393,10 @@ def require_same_metric(caller: str, value: Any, kind: type, option: str, own: A
     if getattr(value, option) != own:
         expected, got = f"one with {option}={own!r}", f"{option}={getattr(value, option)!r}"
         fail(caller, "incoming_state", expected, got, "Make both with the same options.")
+
+
+def require_values(caller: str, values: Any) -> None:
+    if values is None:
+        expected = "given, or predictions and targets"
+        message = _message(caller, "values", expected, "none of them", "Pass one or the other.")
+        raise TypeError(message)

@@ -47,13 +47,15 @@ class KLDivLoss:
 
     Raises:
         ValueError: For shapes or axes that do not fit (MXNet's MXNetError), an unknown aggregate.
-            TypeError: when called, for anything but arrays of floats, or a weight that is no number.
+            TypeError: when called, for anything but arrays of floats, or a weight that is no
+            number.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from kljax.compat.gluon import KLDivLoss
         >>> pred, label = jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([[0.5, 0.5]])
-        >>> print(KLDivLoss()(pred, label).round(4), KLDivLoss(aggregate="sum")(pred, label).round(4))
+        >>> mean, total = KLDivLoss(), KLDivLoss(aggregate="sum")
+        >>> print(mean(pred, label).round(4), total(pred, label).round(4))
         [0.0719] [0.1438]
 
     Source: Apache MXNet 1.8, 1.9 and 2.0, python/mxnet/gluon/loss.py.

@@ -1,7 +1,5 @@
 """Keras' `keras.losses.kl_divergence`, which is `keras.metrics.kl_divergence` too."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
