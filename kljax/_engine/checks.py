@@ -343,9 +343,7 @@ def require_broadcastable(
         raise error(_message(caller, last, expected, got, "Reshape one of them.")) from None
 
 
-def require_axis(
-    caller: str, shape: Shape, axis: int | Iterable[int] | None
-) -> tuple[int, ...]:
+def require_axis(caller: str, shape: Shape, axis: int | Iterable[int] | None) -> tuple[int, ...]:
     """Axes to sum over; None is all of them."""
     return tuple(range(len(shape))) if axis is None else _require_axis(caller, shape, axis)
 

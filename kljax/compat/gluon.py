@@ -9,7 +9,6 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
-from kljax._engine.terms import weigh
 from kljax.compat import _elements as elements
 
 Aggregate = Literal["mean", "sum"]
@@ -115,13 +114,18 @@ def _loss(
     if softmax_axis is not None:
         x = jax.nn.log_softmax(x, softmax_axis)
     x, y, *weights = elements.computed(x, sides["label"], *list(sides.values())[2:])
-    # Not the core's term: the epsilon makes the gradient to a label of 0 finite.
-    masked = (y == 0) & jnp.isneginf(x)
-    values = y * (jnp.log(y + _EPSILON) - jnp.where(masked, 0, x))
+    values = _terms(x, y)
     for w in weights:
-        values = weigh(w, values)
+        gone = (w == 0) & ~jnp.isfinite(values)
+        values = w * _terms(jnp.where(gone, 0, x), jnp.where(gone, 0, y))
     if weight is not None:
         values = values * jnp.asarray(weight, values.dtype)
     others = tuple(i for i in range(values.ndim) if i != batch_axis)
     reduce = jnp.mean if aggregate == "mean" else jnp.sum
     return reduce(values, others).astype(dtype)
+
+
+def _terms(x: Array, y: Array) -> Array:
+    """Not the core's term: the epsilon makes the gradient to a label of 0 finite."""
+    masked = (y == 0) & jnp.isneginf(x)
+    return y * (jnp.log(y + _EPSILON) - jnp.where(masked, 0, x))

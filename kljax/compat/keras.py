@@ -46,9 +46,7 @@ def kl_divergence(y_true: ArrayLike, y_pred: ArrayLike) -> Array:
     y_pred = checks.to_array(name, "y_pred", y_pred)
     y_true = checks.to_array(name, "y_true", y_true).astype(y_pred.dtype)
     checks.require_real(name, "y_pred", y_pred)
-    checks.require_broadcastable(
-        name, {"y_true": y_true.shape, "y_pred": y_pred.shape}, TypeError
-    )
+    checks.require_broadcastable(name, {"y_true": y_true.shape, "y_pred": y_pred.shape}, TypeError)
     checks.require_axis(name, jnp.broadcast_shapes(y_true.shape, y_pred.shape), -1)
     return _kl_divergence(y_true, y_pred)
 

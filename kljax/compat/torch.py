@@ -130,9 +130,7 @@ def _checked_reduction(name: str, reduction: Any) -> str:
             "definition. 'mean' stays as it is here."
         )
     elif reduction == "elementwise_mean":
-        _warn(
-            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead."
-        )
+        _warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
     checks.require_choice(name, "reduction", reduction, _KINDS)
     return _KINDS[reduction]
 

@@ -227,9 +227,7 @@ def _update(
 @jax.jit
 def _merge(a: Divergence, b: Divergence) -> Divergence:
     sums = jax.tree.map(_add, a.sums, b.sums, is_leaf=lambda x: isinstance(x, _Sum))
-    return Divergence(
-        sums, jnp.minimum(a.minimum, b.minimum), jnp.maximum(a.maximum, b.maximum)
-    )
+    return Divergence(sums, jnp.minimum(a.minimum, b.minimum), jnp.maximum(a.maximum, b.maximum))
 
 
 @jax.jit

@@ -161,9 +161,10 @@ def torchmetrics_cases():
     logs = [log_probs(rng, (3, 4)) for _ in range(2)]
     counts = [short(rng.gamma(2.0, size=(3, 4)) + 0.125) for _ in range(2)]
     for name in ("kl_divergence", "jensen_shannon_divergence"):
-        for dtype, log_prob, reduction in itertools.product(
-            ("float64", "float32", "bfloat16"), (False, True), ("mean", "sum", "none", None)
-        ):
+        plans = list(itertools.product(("float64",), (False, True), ("mean", "sum", "none", None)))
+        for dtype in ("float32", "bfloat16"):
+            plans += [(dtype, False, "mean"), (dtype, True, "none")]
+        for dtype, log_prob, reduction in plans:
             sides = [torch_tensor(x, dtype) for x in (logs if log_prob else counts)]
             options = {"log_prob": log_prob, "reduction": reduction}
             case = torch_case(getattr(functional, name), sides, (dtype, dtype), options)
@@ -208,8 +209,13 @@ def jax_case(function, sides, dtypes, options, given):
     import jax.numpy as jnp
 
     sides = [jnp.asarray(side).astype(dtype) for side, dtype in zip(sides, dtypes, strict=True)]
-    value, pull = jax.vjp(lambda *sides: function(*sides, **options), *sides)
-    gradients = pull(jnp.asarray(cotangent(value.shape)).astype(value.dtype))
+
+    @jax.jit
+    def run(*sides):
+        value, pull = jax.vjp(lambda *sides: function(*sides, **options), *sides)
+        return value, pull(jnp.asarray(cotangent(value.shape)).astype(value.dtype))
+
+    value, gradients = run(*sides)
     return {
         "options": given,
         "dtypes": dtypes,
