@@ -393,8 +393,9 @@ def require_same_metric(caller: str, value: Any, kind: type, option: str, own: A
         fail(caller, "incoming_state", expected, got, "Make both with the same options.")
 
 
-def require_values(caller: str, values: Any) -> None:
+def require_values(caller: str, values: Any) -> Any:
     if values is None:
         expected = "given, or predictions and targets"
         message = _message(caller, "values", expected, "none of them", "Pass one or the other.")
         raise TypeError(message)
+    return values

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 
-def promoted(*sides: ArrayLike) -> jnp.dtype:
+def promoted(*sides: ArrayLike | DTypeLike) -> jnp.dtype:
     """The dtype of a product of the sides, also where JAX is told to be strict about dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*sides)

@@ -73,11 +73,11 @@ class Divergence(nnx.Metric):
         if predictions is not None and targets is not None:
             values = self.divergence(predictions, targets)
             agreement = _agreement(predictions, targets, **self.divergence.keywords)
-        checks.require_values("Divergence.update", values)
+        given = checks.require_values("Divergence.update", values)
         if mask is not None and weights is not None:
             weights = jnp.where(jnp.asarray(mask).astype(bool), jnp.asarray(weights), 0)
         weights = mask if weights is None else weights
-        self.accumulated.set_value(self.state.update(values, weights, agreement=agreement))
+        self.accumulated.set_value(self.state.update(given, weights, agreement=agreement))
 
     def compute(self) -> metrics.Summary:
         """Mean, extremes and agreement over all batches."""
