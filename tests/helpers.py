@@ -1,7 +1,13 @@
 """The one place for tolerances."""
 
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+from golden.make import cotangent
 
 # A few hundred roundings of the dtype: every test here sums at most some thousand classes.
 _TOLERANCES = {
@@ -20,3 +26,26 @@ def tol(dtype) -> dict[str, float]:
 def assert_close(got, want, dtype=np.float32) -> None:
     """Equal within the dtype's tolerance, NaN and infinities in the same places."""
     np.testing.assert_allclose(np.asarray(got, np.float64), want, **tol(dtype))
+
+
+def goldens(system: str) -> list[dict]:
+    """What another system computed; see tests/golden/make.py."""
+    file = Path(__file__).parent / "golden" / f"{system}.json"
+    return json.loads(file.read_text())["cases"]
+
+
+def assert_goldens(cases: list[dict], functions: list, sides: list, dtypes: list) -> None:
+    """Values and gradients to all sides are the other system's; all cases compile as one."""
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # to compile fast
+    def run(sides):
+        values_pulls = [jax.vjp(f, *given) for f, given in zip(functions, sides, strict=True)]
+        return [
+            (value, *pull(jnp.asarray(cotangent(value.shape), value.dtype)))
+            for value, pull in values_pulls
+        ]
+
+    for case, given, got, dtype in zip(cases, sides, run(sides), dtypes, strict=True):
+        assert [one.dtype for one in got] == [case.get("dtype", dtype), *(x.dtype for x in given)]
+        for one, want in zip(got, [case["value"], *case["gradients"]], strict=True):
+            assert_close(one, np.asarray(want, np.float64), dtype)

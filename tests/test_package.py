@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -15,10 +16,19 @@ import kljax
 
 ROOT = Path(kljax.__file__).parent
 PUBLIC = sorted(name for name in vars(kljax) if not name.startswith("_"))
-FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(kljax, name))]
+FUNCTIONS = {name: getattr(kljax, name) for name in PUBLIC}
+FUNCTIONS = {name: one for name, one in FUNCTIONS.items() if inspect.isfunction(one)}
+CLASSES = {name: getattr(kljax, name) for name in PUBLIC if inspect.isclass(getattr(kljax, name))}
+
+# Leaves: nothing imports them, and they are loaded when asked for.
+SYSTEMS = ["gluon", "keras", "optax", "torch", "torchmetrics"]
+LEAVES = [f"kljax.compat.{system}" for system in SYSTEMS] + ["kljax.metrics.nnx", "kljax.metrics"]
 
 # From the top to the bottom: a module imports only those below it.
 ORDER = [
+    *LEAVES,
+    "kljax.compat._elements",
+    "kljax.compat",
     "kljax",
     "kljax.objectives",
     "kljax.divergences",
@@ -77,20 +87,39 @@ def test_only_checks_raises():
         assert not raises or name == "kljax._engine.checks", name
 
 
+def test_leaves_are_imported_by_nobody():
+    """But for the state that the NNX metric wraps."""
+    for name, tree in modules():
+        leaves = [other for other in imported(tree) if other in LEAVES]
+        assert leaves == (["kljax.metrics"] if name == "kljax.metrics.nnx" else []), name
+
+
 def test_import_loads_neither_flax_nor_optax_nor_pallas():
-    """`import kljax` stays light, in a fresh interpreter."""
+    """`import kljax` stays light, in a fresh interpreter, and so do the leaves but for Flax's."""
+    light = [leaf for leaf in LEAVES if leaf != "kljax.metrics.nnx"]
     code = (
-        "import sys, kljax; "
-        "print([m for m in sys.modules if m.split('.')[0] in {'flax', 'optax'} or 'pallas' in m])"
+        "import sys, kljax; heavy = {'flax', 'optax', 'torch', 'torchmetrics', 'keras'}; "
+        "found = lambda: [m for m in sys.modules if m.split('.')[0] in heavy or 'pallas' in m]; "
+        "leaves = [m for m in sys.modules if 'kljax.compat' in m or 'kljax.metrics' in m]; "
+        f"print(found(), leaves); import {', '.join(light)}; print(found())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n")[:2] == ["[] []", "[]"]
+
+
+for leaf in LEAVES:
+    if leaf != "kljax.metrics.nnx" or importlib.util.find_spec("flax"):
+        for name, one in vars(importlib.import_module(leaf)).items():
+            if not name.startswith("_") and getattr(one, "__module__", None) == leaf:
+                kind = CLASSES if inspect.isclass(one) else FUNCTIONS
+                if callable(one):
+                    kind[f"{leaf}.{name}"] = one
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_are_documented(name):
     """One line, formula, shapes, units, zeros, gradients, example that runs, source."""
-    doc = inspect.getdoc(getattr(kljax, name))
+    doc = inspect.getdoc(FUNCTIONS[name])
     assert re.match(r"[^\n]+\.\n", doc), "one line, ending in a full stop"
     assert ".. math::" in doc
     parts = ["Shapes", "nits", "Zeros:", "Gradients:", "Source:"]
@@ -103,10 +132,10 @@ def test_public_functions_are_documented(name):
     assert any(example.want for example in examples)
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLIC if inspect.isclass(getattr(kljax, n))])
+@pytest.mark.parametrize("name", CLASSES)
 def test_public_classes_are_documented(name):
     """At least what it holds."""
-    assert len(inspect.getdoc(getattr(kljax, name))) > 60
+    assert len(inspect.getdoc(CLASSES[name])) > 60
 
 
 def test_public_names_are_in_the_readme():
