@@ -47,6 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = _rates(options)
     found["rates"] = rates._asdict()
 
+    device = re.sub(r"\W+", "-", found["run"]["device"]).strip("-")
+    stem = options.output / f"{device}-jax-{jax.__version__}-{options.preset}"
+    try:
+        _measure_all(found, options, chosen, rates, limits)
+    finally:  # also what an interrupted run has found
+        print("\n".join(["", *map(str, report.write(found, stem))]))
+    return 0
+
+
+def _measure_all(
+    found: dict[str, Any],
+    options: argparse.Namespace,
+    chosen: list[Contender],
+    rates: Rates,
+    limits: Limits,
+) -> None:
     if options.preset == "budgets":
         for budget in all_budgets(chosen, limits):
             found["budgets"].append(budget._asdict())
@@ -57,12 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in found["cases"][-1]["contenders"]:
             print(_line(each), flush=True)
     found["memory"] = memory_of(_memory_cases(options), chosen)
-
-    device = re.sub(r"\W+", "-", found["run"]["device"]).strip("-")
-    stem = options.output / f"{device}-jax-{jax.__version__}-{options.preset}"
-    paths = report.write(found, stem)
-    print("\n".join(["", *map(str, paths)]))
-    return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -165,7 +175,7 @@ def _fitting(
     def fits(case: Case) -> bool:
         least: Floor = floor(case, rates)
         wide = 4 * case.tokens * case.vocab
-        return 8 * wide <= limits.memory and 100 * least.value_and_grad <= limits.seconds
+        return 8 * wide <= limits.memory and 40 * least.value_and_grad <= limits.seconds
 
     return next((case for case in reversed(cases) if fits(case)), cases[0])
 
