@@ -14,7 +14,8 @@ growing vocabularies, and the last command trains with one.
     python examples/distill_lm.py             # about three minutes on two CPU cores
     python examples/distill_lm.py --quick     # a smoke run
     python examples/distill_lm.py --targets top-k --divergence reverse
-    python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 --steps 120 60
+    python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 \\
+        --teacher 64 2 --student 32 1 --steps 100 60 --windows 32
 
 Needs jax, flax, optax, matplotlib and tqdm. Writes results.md, results.json and two figures into
 the folder named by --output.
@@ -50,7 +51,7 @@ HEADS = 4
 EVALUATIONS = 10  # in the course of a training
 TOKENS, VOCABULARIES = 8192, [2**power for power in (10, 12, 14, 16, 18)]  # compiled, not run
 NOT_READ = {"test", "tests", "idle_test", "site-packages", "encodings"}  # the last are tables
-DIVERGENCES = {
+DIVERGENCES: dict[str, Any] = {
     "forward": kljax.forward_kl,
     "reverse": kljax.reverse_kl,
     "jensen-shannon": kljax.jensen_shannon,
@@ -200,7 +201,7 @@ def fit(
     @nnx.jit
     def train_step(
         model: Model, optimizer: nnx.Optimizer, teacher: Model | None, tokens: Array, key: Array
-    ) -> None:
+    ) -> Array:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
 
         def loss(model: Model) -> Array:
@@ -208,7 +209,9 @@ def fit(
                 return distill(model(inputs), teacher(inputs), labels, key, args=args, fused=True)
             return kljax.cross_entropy(model(inputs), labels, where=used, reduction="mean")
 
-        optimizer.update(model, nnx.grad(loss)(model))
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
 
     @nnx.jit
     def bits_per_byte(model: Model, tokens: Array) -> Array:
@@ -224,7 +227,8 @@ def fit(
         for step in range(1, steps + 1):
             starts = rng.integers(len(text.train) - args.context, size=(args.batch_size, 1))
             batch_key = jax.random.fold_in(key, step)
-            train_step(model, optimizer, teacher, text.train[starts + window], batch_key)
+            tokens = jnp.asarray(text.train[starts + window])
+            train_step(model, optimizer, teacher, tokens, batch_key).block_until_ready()
             if step % -(-steps // EVALUATIONS) == 0 or step == steps:
                 bits = np.asarray(bits_per_byte(model, jnp.asarray(held_out)))
                 course[step] = float(bits.mean())
