@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kljax
 from kljax.metrics import Divergence, agreement
@@ -161,6 +161,18 @@ def test_across_devices(rng):
     mapped = jax.tree.map(lambda x: x[3], jax.vmap(update, axis_name="data")(values, weights))
     for state in (jax.jit(sharded)(values, weights), mapped):
         assert_summarises(state, values.ravel(), weights.ravel(), values.ravel() > 1)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_arrays(kind, rng):
+    """Arrays spread over a mesh need nothing said."""
+    values, weights = rng.lognormal(size=(16, 3)).astype(np.float32), rng.random((16, 3)) > 0.5
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    spread = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        given = [jax.device_put(x, spread) for x in (values, weights, values > 1)]
+        state = jax.jit(lambda v, w, a: Divergence.empty().update(v, w, agreement=a))(*given)
+    assert_summarises(state, values, weights, values > 1)
 
 
 def test_across_processes(rng):

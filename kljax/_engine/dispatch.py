@@ -36,17 +36,19 @@ class _Budget(NamedTuple):
     share: float
     least: int
     most: int
+    least_rows: int = 1
 
     def rows(self, batch: tuple[int, ...], classes: int) -> int:
         whole = 4 * classes * math.prod(batch)
-        return int(min(max(self.share * whole, self.least), self.most)) // (4 * classes)
+        rows = int(min(max(self.share * whole, self.least), self.most)) // (4 * classes)
+        return max(rows, self.least_rows)
 
 
 # On CPU a block and what is made of it stays in a core's cache, unless there is a head: then the
-# kernel's gradient is read and written once a block. Elsewhere the compiler fuses whole arrays into
+# kernel and its gradient are passed over once a block, which a hundred rows make up for. Elsewhere the compiler fuses whole arrays into
 # as few passes as it can, and only what must be made first, a head's logits or a top-k's
 # complement, goes in blocks: of thousands of tokens, to fill the device.
-_CPU, _CPU_MADE = _Budget(1 / 128, _MIB // 4, _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB)
+_CPU, _CPU_MADE = _Budget(1 / 128, _MIB // 4, _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB, 128)
 _ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
 

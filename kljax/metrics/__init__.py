@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
@@ -195,8 +196,8 @@ def _update(
 ) -> Divergence:
     checks.check_weights(_NAME, "weights", weights)
     dtype = state.maximum.dtype
-    values = values.astype(dtype).ravel()
-    weights = None if weights is None else weights.astype(dtype).ravel()
+    values = _flat(values).astype(dtype)
+    weights = None if weights is None else _flat(weights).astype(dtype)
     kept = True if weights is None else weights != 0
     if weights is None:
         weight, value = _count(values.size, dtype), _total(values)
@@ -204,7 +205,7 @@ def _update(
         weight, value = _total(weights), _total(weigh(weights, values))
     compared = agreeing = _count(0, dtype)
     if agreement is not None:
-        agree = agreement.ravel().astype(bool)
+        agree = _flat(agreement).astype(bool)
         compared = weight
         if weights is None:
             agreeing = _count(jnp.sum(agree, dtype=jnp.int32), dtype)
@@ -253,6 +254,13 @@ def _quantile(state: Divergence, q: Array) -> Array:
     value = jnp.where(bin == 0, -jnp.inf, jnp.where(bin >= _BINS - 1, jnp.inf, value))
     known = jnp.clip(value, state.minimum, state.maximum)
     return jnp.where(jnp.isnan(state.maximum) | (counts[-1] == 0), jnp.nan, known)
+
+
+def _flat(x: Array) -> Array:
+    """One axis; on a mesh of explicit axes whole on every device, for it is one per example."""
+    if any(jax.typeof(x).sharding.spec):
+        x = jax.sharding.reshard(x, PartitionSpec())
+    return x.ravel()
 
 
 def _count(n: int | Array, dtype: jnp.dtype) -> _Sum:
