@@ -45,9 +45,9 @@ class _Budget(NamedTuple):
 
 
 # On CPU a block and what is made of it stays in a core's cache, unless there is a head: then the
-# kernel and its gradient are passed over once a block, which a hundred rows make up for. Elsewhere the compiler fuses whole arrays into
-# as few passes as it can, and only what must be made first, a head's logits or a top-k's
-# complement, goes in blocks: of thousands of tokens, to fill the device.
+# kernel and its gradient are passed over once a block, which a hundred rows make up for. Elsewhere
+# the compiler fuses whole arrays into as few passes as it can, and only what must be made first, a
+# head's logits or a top-k's complement, goes in blocks: of thousands of tokens, to fill the device.
 _CPU, _CPU_MADE = _Budget(1 / 128, _MIB // 4, _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB, 128)
 _ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
