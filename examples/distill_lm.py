@@ -1,4 +1,4 @@
-"""A language model of Python's own standard library, distilled into a smaller one.
+r"""A language model of Python's own standard library, distilled into a smaller one.
 
 Text that every machine has: the source files of the library, of which one in ten is held out. A
 causal transformer learns to predict the next byte. A student of a twelfth of its parameters then
@@ -14,7 +14,7 @@ growing vocabularies, and the last command trains with one.
     python examples/distill_lm.py             # about three minutes on two CPU cores
     python examples/distill_lm.py --quick     # a smoke run
     python examples/distill_lm.py --targets top-k --divergence reverse
-    python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 \\
+    python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 \
         --teacher 64 2 --student 32 1 --steps 100 60 --windows 32
 
 Needs jax, flax, optax, matplotlib and tqdm. Writes results.md, results.json and two figures into
