@@ -120,7 +120,7 @@ class Head:
         >>> student = kljax.Head(jnp.ones((2, 3)), jnp.eye(3, 5))
         >>> teacher = kljax.Head(jnp.ones((2, 4)), jnp.eye(4, 5))
         >>> print(kljax.forward_kl(student, teacher).round(4))
-        [0.0646 0.0646]
+        [0.0726 0.0726]
     """
 
     hidden: ArrayLike
@@ -160,7 +160,7 @@ class TopK:
     Example:
         >>> import jax.numpy as jnp, kljax
         >>> teacher = kljax.TopK(jnp.array([0]), jnp.log(jnp.array([0.9])), tail="truncate")
-        >>> print(kljax.reverse_kl(kljax.Probs([0.6, 0.4]), teacher).round(3))
+        >>> print(f"{kljax.reverse_kl(kljax.Probs([0.6, 0.4]), teacher):.3f}")
         -0.243
     """
 

@@ -61,7 +61,9 @@ def hoist(
     traces = {}
     full = jnp.shape(whole[1])
     for shape in {full, *(shape for cut in cuts for shape in block_shapes(cut, full, batch_axes))}:
-        cut = lambda x, shape=shape: jax.ShapeDtypeStruct(shape, x.dtype)  # noqa: E731
+        cut = lambda x, shape=shape: (  # noqa: E731  (the whole as it is, for its sharding)
+            x if x.shape == shape else jax.ShapeDtypeStruct(shape, x.dtype)
+        )
         traces[shape] = _trace(spec, *jax.tree.map(cut, whole[:2]), whole[2])
 
     def term(
