@@ -171,6 +171,7 @@ def choose_blocks(
         layout.batch,
         math.prod(layout.classes),
         made_in_blocks=any(side.kind in ("head", "top_k") for side in held),
+        narrow=any(x.dtype.itemsize == 2 for side in held for x in jax.tree.leaves(side.value)),
         explicit_mesh=any(_reading.on_explicit_mesh(side.value) for side in held),
     )
 

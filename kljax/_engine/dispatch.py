@@ -48,7 +48,7 @@ class _Budget(NamedTuple):
 # kernel and its gradient are passed over once a block, which a hundred rows make up for. Elsewhere
 # the compiler fuses whole arrays into as few passes as it can, and only what must be made first, a
 # head's logits or a top-k's complement, goes in blocks: of thousands of tokens, to fill the device.
-_CPU, _CPU_MADE = _Budget(1 / 128, _MIB // 4, _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB, 128)
+_CPU, _CPU_MADE = _Budget(1 / 64, _MIB // 4, 2 * _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB, 128)
 _ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
 
@@ -71,6 +71,7 @@ def choose(
     classes: int,
     *,
     made_in_blocks: bool,
+    narrow: bool,
     explicit_mesh: bool,
 ) -> Choice:
     """How to run. A named implementation runs or raises; None leaves the choice here."""
@@ -90,6 +91,8 @@ def choose(
     if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
         return at_once(batch)
     cpu = _CPU_MADE if made_in_blocks else _CPU
+    if narrow and not made_in_blocks:  # beside 16-bit inputs a block's float32 weighs twice
+        cpu = cpu._replace(share=cpu.share / 2, most=cpu.most // 2)
     elsewhere = _ELSEWHERE_CHUNKED if implementation == "chunked" else None
     elsewhere = _ELSEWHERE_MADE if made_in_blocks else elsewhere
     return Choice(*(_blocks(batch, classes, budget) for budget in (cpu, elsewhere)))
