@@ -11,11 +11,11 @@ The models return a `kljax.Head`, hidden states and the output kernel: its logit
 by block, and no array [tokens, vocabulary] exists. The second figure shows what that saves for
 growing vocabularies, and the last command trains with one.
 
-    python examples/distill_lm.py             # about three minutes on two CPU cores
+    python examples/distill_lm.py             # some four minutes on two CPU cores
     python examples/distill_lm.py --quick     # a smoke run
     python examples/distill_lm.py --targets top-k --divergence reverse
     python examples/distill_lm.py --vocabulary 65536 --memory-limit 256 \
-        --teacher 64 2 --student 32 1 --steps 100 60 --windows 32
+        --teacher 64 2 --student 32 1 --steps 60 40 --windows 16
 
 Needs jax, flax, optax, matplotlib and tqdm. Writes results.md, results.json and two figures into
 the folder named by --output.
