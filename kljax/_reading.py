@@ -48,6 +48,8 @@ def read(name: str, argument: str, value: Any) -> Held:
                 tail,
             )
             checks.require_top_k(name, argument, given.indices, given.log_probs, given.log_tail)
+            if given.indices.dtype.itemsize < 4:  # the number of classes must fit
+                given = replace(given, indices=given.indices.astype(jnp.int32))
             return Held("top_k", given, temperature=temperature)
         case Logits(logits=x):
             held = Held("logits", array(argument, x))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kljax
 from kljax._engine.blocks import Blocks, exactly, fitting, rescale, sweep, whole
 
 CUTS = [
@@ -75,3 +76,38 @@ def test_a_batch_of_a_power_of_two_is_cut_for_devices():
     """Each block of 1024 rows takes rows of every eighth of the batch."""
     assert fitting((1024,), 16).extents == (16,)
     assert fitting((8, 2048), 16).extents == (8, 8)
+
+
+def test_narrow_gradients_add_up_over_many_blocks():
+    """A shared bfloat16 side: its gradient is a long sum, which bfloat16 itself would lose."""
+    x, y = jnp.zeros(5, jnp.bfloat16), jnp.tile(jnp.array([0.0, 0, 0, 0, 3]), (2000, 1))
+
+    def slope(implementation):
+        loss = lambda x: kljax.forward_kl(x, y, reduction="sum", implementation=implementation)  # noqa: E731
+        return np.asarray(jax.grad(loss)(x), np.float32)
+
+    np.testing.assert_allclose(slope(kljax.Chunked(rows=1)), slope("dense"), rtol=0.02)
+
+
+def test_a_loss_scale_beyond_16_bits():
+    """float16 gradients of a loss scaled by more than float16 holds."""
+    x = jnp.array([[0.0, 1e-3], [1e-3, 0.0]], jnp.float16)
+    y = x[:, ::-1]
+
+    def slope(implementation):
+        def loss(x):
+            return 2.0**17 * kljax.forward_kl(x, y, reduction="mean", implementation=implementation)
+
+        return np.asarray(jax.grad(loss)(x), np.float32)
+
+    assert np.isfinite(slope("dense")).all()
+    np.testing.assert_allclose(slope(kljax.Chunked(rows=1)), slope("dense"), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_narrow_indices_of_a_top_k(dtype):
+    """The number of classes need not fit the indices' own dtype."""
+    x = jnp.arange(256.0) / 100
+    teacher = kljax.TopK(jnp.array([3, 100], dtype), jnp.log(jnp.array([0.5, 0.25])))
+    wide = kljax.TopK(jnp.array([3, 100]), teacher.log_probs)
+    np.testing.assert_array_equal(kljax.forward_kl(x, teacher), kljax.forward_kl(x, wide))

@@ -245,10 +245,21 @@ def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
     return tuple(sorted(frozenset().union(*names)))
 
 
+def widened(x: Array) -> Array:
+    """In float32 at least: what is to be added up over blocks."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+
+
+def times(factor: Array, x: Array) -> Array:
+    """factor · x in x's own dtype, where a factor out of a 16-bit range does no harm."""
+    wide = widened(x)
+    return (factor.astype(wide.dtype) * wide).astype(x.dtype)
+
+
 def rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     """factor · x, rewritten in place block by block, and left as it is where factor is 1."""
     if blocks.single or _stored(x.dtype) != x.dtype:
-        return factor.astype(x.dtype) * x
+        return times(factor, x)
     return _rescale(blocks, axes, x, factor)
 
 
@@ -261,7 +272,7 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
         def step(k: Any, x: Array) -> Array:
             _, start, size = _split(blocks, whole, axes, k)
             block = lax.dynamic_slice(x, start, size)
-            return lax.dynamic_update_slice(x, factor.astype(x.dtype) * block, start)
+            return lax.dynamic_update_slice(x, times(factor, block), start)
 
         turns = jnp.where(factor == 1, 0, math.prod(blocks.counts))
         x = lax.fori_loop(0, turns, step, x.reshape(split))
@@ -273,6 +284,6 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     def _(size: int, mapped: list[bool], x: Array, factor: Array) -> tuple[Array, bool]:
         # A loop whose length differs from one to the next would copy everything at each step.
         x = x if mapped[0] else x[None]
-        return factor.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x, True
+        return times(factor.reshape(-1, *(1,) * (x.ndim - 1)), x), True
 
     return in_place(x, factor)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import head, linear
-from kljax._engine.blocks import Axes, Blocks, rescale, sweep, varying, whole
+from kljax._engine.blocks import Axes, Blocks, rescale, sweep, times, varying, whole, widened
 
 Tree = Any
 Leaves = list[Array]
@@ -134,7 +134,7 @@ def _along_total(run: Run, moving: tuple[int, ...]) -> linear.Map:
 
         def compute(blocks: Blocks, ct: Array, *gradient: Array) -> Leaves:
             return [
-                rescale(blocks, run.axes[i], g, ct) if row else ct.astype(g.dtype) * g
+                rescale(blocks, run.axes[i], g, ct) if row else times(ct, g)
                 for i, g, row in zip(moving, gradient, rows, strict=True)
             ]
 
@@ -180,7 +180,7 @@ def _pull(
     def body(block: Leaves) -> tuple[Leaves, Leaves]:
         ct, block = (None, block) if cts is None else (block[0], block[1:])
         each, seen, gradient = _gradient(run, moving, block, ct)
-        shared = [g for g, is_row in zip(gradient, row, strict=True) if not is_row]
+        shared = [widened(g) for g, is_row in zip(gradient, row, strict=True) if not is_row]
         rows = [
             g.astype(block[i].dtype)
             for i, g, is_row in zip(moving, gradient, row, strict=True)
