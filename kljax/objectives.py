@@ -304,9 +304,11 @@ def _at_one(spec: Spec, operands: Operands) -> Array:
 
 def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
     """Everything on the axes of the whole input, with its values checked."""
-    layout = setup.layout
+    layout, counted = setup.layout, batch.weights
+    if batch.label_weights is not None:
+        counted = (counted != 0) | (batch.label_weights != 0)
     inputs = tuple(
-        _reading.expand(layout, kind, x, batch.weights)
+        _reading.expand(layout, kind, x, counted)
         for kind, x in zip(setup.kinds, batch.inputs, strict=True)
     )
     where = None if batch.where is None else layout.expand(batch.where)
