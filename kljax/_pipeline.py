@@ -25,7 +25,7 @@ from kljax._engine.representation import (
 )
 from kljax._engine.rowwise import Run
 from kljax._engine.top_k import TopKInput, coarsen
-from kljax._reading import Held, Input
+from kljax._reading import Held, Input, Sides
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName, Reduction
 
@@ -43,11 +43,8 @@ class Formula(NamedTuple):
 class Plan(NamedTuple):
     """All that chooses code, known before tracing."""
 
-    name: str
-    arguments: tuple[str, ...]
+    sides: Sides
     spec: Spec
-    bare: tuple[bool, ...]
-    layout: Layout
     choice: Choice
 
 
@@ -79,7 +76,7 @@ def evaluate(
         formula, distributions, term_params, axis, where, temperature, implementation
     )
     weights, normalizer = reductions.prepare(
-        formula.name, plan.layout.batch, weights, reduction, normalizer, axis_name
+        formula.name, plan.sides.layout.batch, weights, reduction, normalizer, axis_name
     )
     run = _run_jitted if closures.is_pure(plan.spec.term) else _run
     return run(plan, reduction, axis_name, given, weights, normalizer)
@@ -93,7 +90,7 @@ def _run(
     weights: Array | None,
     normalizer: Array | None,
 ) -> Array:
-    spec, layout = plan.spec, plan.layout
+    spec, layout = plan.spec, plan.sides.layout
     operands = _assemble(plan, given, weights)
     if not closures.is_pure(spec.term):
         spec, operands = closures.hoist(spec, operands, layout.batch_axes, plan.choice)
@@ -133,7 +130,7 @@ def evaluate_elements(
 ) -> Array:
     """One value per class: the pipeline without the sum and all that follows."""
     plan, given = _prepare(formula, distributions, (), axis, where, temperature, "dense")
-    for argument, kind in zip(plan.arguments, plan.spec.kinds, strict=True):
+    for argument, kind in zip(formula.arguments, plan.spec.kinds, strict=True):
         checks.require_arrays(formula.name, argument, kind)
     return _run_elements(plan, given)
 
@@ -163,15 +160,23 @@ def choose_spec(
 
 
 def choose_blocks(
-    name: str, layout: Layout, held: tuple[Held, ...], implementation: Implementation | None
+    name: str,
+    layout: Layout,
+    held: tuple[Held, ...],
+    implementation: Implementation | None,
+    terms: Iterable[Term],
 ) -> Choice:
+    made_in_blocks = any(side.kind in ("head", "top_k") for side in held)
+    if implementation is None and not made_in_blocks and not all(map(closures.is_pure, terms)):
+        return dispatch.at_once(layout.batch)  # what a term captures may be of the batch's size
+    arrays = [x for side in held if side.kind != "labels" for x in jax.tree.leaves(side.value)]
     return dispatch.choose(
         name,
         implementation,
         layout.batch,
         math.prod(layout.classes),
-        made_in_blocks=any(side.kind in ("head", "top_k") for side in held),
-        narrow=any(x.dtype.itemsize == 2 for side in held for x in jax.tree.leaves(side.value)),
+        itemsize=4 if made_in_blocks else min(x.dtype.itemsize for x in arrays),
+        made_in_blocks=made_in_blocks,
         explicit_mesh=any(_reading.on_explicit_mesh(side.value) for side in held),
     )
 
@@ -191,31 +196,14 @@ def _prepare(
     layout = _reading.read_layout(name, arguments, held, axis)
     where, temperature = _reading.read_options(name, layout, where, temperature, held)
     spec = choose_spec(formula, held, temperature, layout.axis)
-    choice = choose_blocks(name, layout, held, implementation)
-    if not closures.is_pure(spec.term) and implementation is None and _holds_arrays(held):
-        choice = dispatch.at_once(layout.batch)  # what it captures may be of the batch's size
-    bare = tuple(side.bare for side in held)
-    plan = Plan(name, arguments, spec, bare, layout, choice)
+    choice = choose_blocks(name, layout, held, implementation, (spec.term,))
+    plan = Plan(_reading.sides_of(name, arguments, held, layout), spec, choice)
     params = jax.tree.map(jnp.asarray, params)
     return plan, Given(tuple(side.value for side in held), where, temperature, params)
 
 
-def _holds_arrays(held: tuple[Held, ...]) -> bool:
-    return all(side.kind not in ("head", "top_k") for side in held)
-
-
 def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
-    """Everything on the axes of the whole input, with its values checked."""
-    layout, kinds = plan.layout, plan.spec.kinds
-    inputs = tuple(
-        _reading.expand(layout, kind, x, weights)
-        for kind, x in zip(kinds, given.inputs, strict=True)
+    counted = tuple(weights for _ in given.inputs)
+    return _reading.assemble(
+        plan.sides, counted=counted, weights={"weights": weights}, **given._asdict()
     )
-    where = None if given.where is None else layout.expand(given.where)
-    inputs, where = _reading.share_sharding(inputs, where, layout)
-    temperature = given.temperature
-    if temperature is not None:
-        temperature = temperature.astype(compute_dtype(inputs))
-    operands = Operands(inputs, where, temperature, given.params, None)
-    _reading.check_values(plan.name, plan.arguments, kinds, plan.bare, layout, operands, weights)
-    return operands

@@ -11,11 +11,11 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
-from kljax._engine import checks
+from kljax._engine import checks, value_checks
 from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
 from kljax._engine.head import HeadInput
-from kljax._engine.representation import Kind, Operands, normalizes
+from kljax._engine.representation import Kind, Operands, compute_dtype, normalizes
 from kljax._engine.top_k import Tail, TopKInput
 from kljax.distributions import Head, Logits, LogProbs, Probs, TopK
 
@@ -124,7 +124,53 @@ def read_options(
     return where, temperature
 
 
-def expand(layout: Layout, kind: Kind, x: Input, weights: Array | None) -> Input:
+class Sides(NamedTuple):
+    """What is known of a call's sides before tracing."""
+
+    name: str  # of the function, for messages
+    arguments: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    bare: tuple[bool, ...]
+    layout: Layout
+
+
+def sides_of(
+    name: str, arguments: tuple[str, ...], held: tuple[Held, ...], layout: Layout
+) -> Sides:
+    kinds, bare = tuple(side.kind for side in held), tuple(side.bare for side in held)
+    return Sides(name, arguments, kinds, bare, layout)
+
+
+def assemble(
+    sides: Sides,
+    inputs: tuple[Input, ...],
+    counted: tuple[Array | None, ...],
+    where: Array | None,
+    temperature: Array | None,
+    params: tuple[Any, ...],
+    weights: dict[str, Array | None],
+) -> Operands:
+    """Everything on the axes of the whole input, with its values checked.
+
+    `counted` has the weights under which each side is read: nothing is at weight 0.
+    """
+    layout = sides.layout
+    whole = tuple(
+        _expand(layout, kind, x, where, weights)
+        for kind, x, weights in zip(sides.kinds, inputs, counted, strict=True)
+    )
+    whole_where = None if where is None else layout.expand(where)
+    whole, whole_where = _share_sharding(whole, whole_where, layout)
+    if temperature is not None:
+        temperature = temperature.astype(compute_dtype(whole))
+    operands = Operands(whole, whole_where, temperature, params, None)
+    _check_values(sides, operands, counted, weights)
+    return operands
+
+
+def _expand(
+    layout: Layout, kind: Kind, x: Input, where: Array | None, weights: Array | None
+) -> Input:
     """A side on the axes of the whole input; axes that it lacks have the size 1."""
     if isinstance(x, HeadInput | TopKInput):
         rank = len(layout.batch)
@@ -132,12 +178,21 @@ def expand(layout: Layout, kind: Kind, x: Input, weights: Array | None) -> Input
         if isinstance(x, HeadInput):
             shared = x.hidden.ndim <= rank
             live = None if weights is None or shared else weights.astype(bool)
-            return replace(x, hidden=lead(x.hidden), live=live)
+            return replace(_without_masked(x, where), hidden=lead(x.hidden), live=live)
         tail = x.log_tail
         if tail is not None and tail.ndim < rank:
             tail = tail.reshape((1,) * rank)
         return replace(x, indices=lead(x.indices), log_probs=lead(x.log_probs), log_tail=tail)
     return jnp.expand_dims(x, layout.axis) if kind == "labels" else layout.expand(x)
+
+
+def _without_masked(head: HeadInput, where: Array | None) -> HeadInput:
+    """A head of which nothing is read at classes that exist for no example."""
+    if where is None:
+        return head
+    exists = jnp.any(where, axis=tuple(range(where.ndim - 1)))
+    bias = None if head.bias is None else jnp.where(exists, head.bias, 0)
+    return replace(head, kernel=jnp.where(exists[None], head.kernel, 0), bias=bias)
 
 
 def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:
@@ -158,7 +213,7 @@ def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:
     return (*axes, *([] if operands.scale is None else [leading]))
 
 
-def share_sharding(
+def _share_sharding(
     inputs: tuple[Input, ...], where: Array | None, layout: Layout
 ) -> tuple[tuple[Input, ...], Array | None]:
     """On a mesh of explicit axes a select demands that its operands are spread alike."""
@@ -180,44 +235,37 @@ def share_sharding(
     return tuple(map(spread, inputs)), None if where is None else spread(where)
 
 
-def check_values(
-    name: str,
-    arguments: tuple[str, ...],
-    kinds: tuple[Kind, ...],
-    bare: tuple[bool, ...],
-    layout: Layout,
+def _check_values(
+    sides: Sides,
     operands: Operands,
-    weights: Array | None,
+    counted: tuple[Array | None, ...],
+    weights: dict[str, Array | None],
 ) -> None:
     """Report values that cannot be what their type says, under checkify."""
     if any(map(on_explicit_mesh, operands.inputs)):
         return  # checkify's checks cannot be mapped over such an axis
-    checks.check_weights(name, "weights", weights)
-    checks.check_temperature(name, operands.temperature)
-    live = None if weights is None else jnp.expand_dims(weights.astype(bool), layout.axis)
-    counted = live if operands.where is None else operands.where
-    if live is not None and operands.where is not None:
-        counted = operands.where & live
-    for argument, kind, x, is_bare in zip(arguments, kinds, operands.inputs, bare, strict=True):
-        if kind == "head":
-            continue  # its logits are never held as a whole
+    name, layout = sides.name, sides.layout
+    for which, given in weights.items():
+        value_checks.check_weights(name, which, given)
+    value_checks.check_temperature(name, operands.temperature)
+    for argument, kind, x, bare, own in zip(
+        sides.arguments, sides.kinds, operands.inputs, sides.bare, counted, strict=True
+    ):
+        which = f"{name}: {argument}"
+        live = None if own is None else jnp.expand_dims(own.astype(bool), layout.axis)
         if kind == "labels":
-            checks.check_labels(name, x, live, layout.classes[0])
-            continue
-        if kind == "top_k":
-            checks.check_top_k(f"{name}: {argument}", x.indices, x.log_probs, live, layout)
-            continue
-        whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any example does
-        at_its_word = not normalizes(kind, operands.temperature)
-        checks.check_distribution(
-            f"{name}: {argument}",
-            kind,
-            whole,
-            counted,
-            layout.axis,
-            bare=is_bare,
-            exact=at_its_word,
-        )
+            value_checks.check_labels(name, x, live, layout.classes[0])
+        elif kind == "top_k":
+            value_checks.check_top_k(which, x.indices, x.log_probs, live, layout.classes[0])
+        elif kind != "head":  # whose logits are never held as a whole
+            present = live if operands.where is None else operands.where
+            if live is not None and operands.where is not None:
+                present = operands.where & live
+            whole = jnp.broadcast_to(x, layout.shape)  # a shared side counts where any does
+            at_its_word = not normalizes(kind, operands.temperature)
+            value_checks.check_distribution(
+                which, kind, whole, present, layout.axis, bare=bare, exact=at_its_word
+            )
 
 
 def on_explicit_mesh(value: Input) -> bool:

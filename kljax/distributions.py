@@ -1,6 +1,8 @@
 """What the user holds: distributions that say how they are represented."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
@@ -13,21 +15,27 @@ _STATIC = ("softcap", "tail")
 def _pytree(cls: type) -> type:
     """Register a class of arrays and static options.
 
-    Not with `register_dataclass`: the tree structures of two such classes compare equal, and a
-    trace of one would serve the other.
+    A temperature that is a plain number is static too: it does not become one per example when
+    the arrays are mapped or cut. Not with `register_dataclass`: the tree structures of two such
+    classes compare equal, and a trace of one would serve the other.
     """
     names = [field.name for field in fields(cls)]
-    leaves, static = [n for n in names if n not in _STATIC], [n for n in names if n in _STATIC]
-    register_pytree_with_keys(
-        cls,
-        lambda side: (
-            [(GetAttrKey(name), getattr(side, name)) for name in leaves],
-            tuple(getattr(side, name) for name in static),
-        ),
-        lambda options, children: cls(
-            **dict(zip(leaves, children, strict=True)), **dict(zip(static, options, strict=True))
-        ),
-    )
+
+    def is_static(side: Any, name: str) -> bool:
+        number = isinstance(getattr(side, name), int | float)
+        return name in _STATIC or (name == "temperature" and number)
+
+    def flatten(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
+        static = tuple((name, getattr(side, name)) for name in names if is_static(side, name))
+        leaves = [name for name in names if not is_static(side, name)]
+        return [(GetAttrKey(name), getattr(side, name)) for name in leaves], static
+
+    def unflatten(static: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
+        options = dict(static)
+        leaves = [name for name in names if name not in options]
+        return cls(**dict(zip(leaves, children, strict=True)), **options)
+
+    register_pytree_with_keys(cls, flatten, unflatten)
     return cls
 
 
@@ -146,15 +154,17 @@ class TopK:
     - "renormalize_both": both sides are renormalised on K; blind to mass elsewhere.
     - "truncate": the bare partial sum over K, which may be negative.
 
-    Entries of log-probability -inf are padding; other indices are distinct. A pytree.
+    Entries of log-probability -inf are padding; other indices are distinct. Classes that a loss's
+    ``where`` masks count as padding too, and the rest of K is not renormalised: for two sides that
+    are normalised over the same classes, take the top-k of masked logits. A pytree.
 
     Args:
         indices: Integers, ``batch + (k,)``.
         log_probs: Their log-probabilities under the full vocabulary, ``batch + (k,)``.
         log_tail: The log of the rest's mass, of the batch shape; None is what log_probs lack from
             1, which float32 and a 16-bit cache know poorly where the teacher is confident.
-        temperature: What they were taken at. A loss must be given the same one, which then
-            applies to the predictions: a cached top-k cannot be given another.
+        temperature: What they were taken at; static if a plain number. A loss must be given the
+            same one, which then applies to the predictions: a cached top-k cannot be given another.
         tail: One of the four above.
 
     Example:

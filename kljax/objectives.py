@@ -15,10 +15,10 @@ from kljax._engine import checks, closures, rowwise
 from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice, Implementation
-from kljax._engine.representation import Kind, Operands, Spec, compute_dtype
+from kljax._engine.representation import Operands, Spec, compute_dtype
 from kljax._engine.rowwise import Run
-from kljax._engine.top_k import TopKInput
-from kljax._reading import Held
+from kljax._engine.top_k import TopKInput, allowed
+from kljax._reading import Held, Sides
 from kljax.divergences import (
     ENTROPY,
     LABELS,
@@ -36,9 +36,9 @@ class DistillationMetrics(NamedTuple):
 
     soft: Array  # the divergence at the temperature, before T² and soft_weight
     hard: Array  # the cross-entropy with the labels; 0 without labels
-    divergence: Array  # the divergence at T = 1: comparable across temperatures
+    divergence: Array  # at T = 1: comparable across temperatures; NaN with a top-k of another T
     agreement: Array  # share of examples where student and teacher have the same argmax
-    teacher_entropy: Array  # at T = 1
+    teacher_entropy: Array  # at T = 1; NaN likewise
     weight_sum: Array  # the number of examples where there are no weights
 
 
@@ -137,23 +137,22 @@ def distillation_loss(
     if scale_by_temperature and temperature is not None:
         soft_factor = soft_factor * temperature.astype(dtype) ** 2
     request = request_of(divergence)
+    specs = _specs(request, held, temperature, layout)
+    terms = [spec.term for spec in specs if spec is not None]
     setup = _Setup(
         divergence if request is None else None,
-        *_specs(request, held, temperature, layout),
-        tuple(side.kind for side in held),
-        tuple(side.bare for side in held),
-        layout,
+        *specs,
+        _reading.sides_of(_NAME, *_all_sides(held, labels), layout),
         not checks.is_static_zero(soft_weight),
         not checks.is_static_zero(hard_weight) and labels is not None,
         reduction,
         axis_name,
         implementation,
-        _pipeline.choose_blocks(_NAME, layout, held, implementation),
+        _pipeline.choose_blocks(_NAME, layout, held, implementation, terms),
     )
     batch = _Batch(
-        (held[0].value, lax.stop_gradient(held[1].value)),
+        tuple(side.value for side in _all_sides(held, labels)[1]),
         (predictions, lax.stop_gradient(targets)) if request is None else (),
-        labels,
         where,
         temperature,
         () if request is None else jax.tree.map(jnp.asarray, request.params),
@@ -161,7 +160,6 @@ def distillation_loss(
         label_weights,
         normalizer,
     )
-    terms = (spec.term for spec in (setup.soft, setup.plain) if spec is not None)
     pure = all(map(closures.is_pure, (divergence, *terms)))
     return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
 
@@ -175,9 +173,7 @@ class _Setup(NamedTuple):
     other: Callable[..., Array] | None  # a divergence of which only its calls are known
     soft: Spec | None  # at the temperature
     plain: Spec | None  # at T = 1
-    kinds: tuple[Kind, ...]
-    bare: tuple[bool, ...]
-    layout: Layout
+    sides: Sides  # student, teacher, and labels if there are any
     has_soft: bool
     has_hard: bool
     reduction: Reduction
@@ -189,9 +185,8 @@ class _Setup(NamedTuple):
 class _Batch(NamedTuple):
     """All that is traced, but for the factors of the two terms."""
 
-    inputs: tuple[Any, ...]  # student, teacher
-    given: tuple[Any, ...]  # the same as they came, for `other`
-    labels: Array | None
+    inputs: tuple[Any, ...]  # of each side
+    given: tuple[Any, ...]  # student and teacher as they came, for `other`
     where: Array | None
     temperature: Array | None
     params: tuple[Any, ...]
@@ -209,6 +204,14 @@ class _Examples(NamedTuple):
     hard_scale: Array | None
 
 
+def _all_sides(
+    held: tuple[Held, ...], labels: Array | None
+) -> tuple[tuple[str, ...], tuple[Held, ...]]:
+    if labels is None:
+        return ("predictions", "targets"), held
+    return ("predictions", "targets", "labels"), (*held, Held("labels", labels))
+
+
 def _specs(
     request: Request | None, held: tuple[Held, ...], temperature: Array | None, layout: Layout
 ) -> tuple[Spec | None, Spec | None]:
@@ -222,22 +225,24 @@ def _distill(
     setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
 ) -> tuple[Array, DistillationMetrics]:
     other = _other(setup, batch, soft_factor)
-    batch = _assemble(setup, batch)
+    sides = _assemble(setup, batch)
+    student, teacher, *labels = sides.inputs
     soft_scale = _scale(setup, soft_factor * batch.weights, batch.weights, batch.normalizer)
     own = batch.weights if batch.label_weights is None else batch.label_weights
     normalizer = batch.normalizer if batch.label_weights is None else None
     hard_scale = _scale(setup, hard_factor * own, own, normalizer) if setup.has_hard else None
 
-    soft = Operands(batch.inputs, batch.where, batch.temperature, batch.params, soft_scale)
+    inputs = (student, lax.stop_gradient(teacher))
+    soft = sides._replace(inputs=inputs, scale=soft_scale)
     spec, plain_spec, plain = setup.soft, setup.plain, None
     if spec is not None and plain_spec is not None and not closures.is_pure(spec.term):
-        cut = setup.layout.batch_axes, setup.choice
+        cut = setup.sides.layout.batch_axes, setup.choice
         plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None), *cut)
         spec, soft = closures.hoist(spec, soft, *cut)
-    examples = _Examples(soft, plain, batch.labels, hard_scale)
+    examples = _Examples(soft, plain, labels[0] if labels else None, hard_scale)
     run = Run(
         partial(_each_example, setup, spec, plain_spec),
-        setup.layout.batch,
+        setup.sides.layout.batch,
         jax.tree.structure(examples),
         _axes(setup, examples),
         *setup.choice,
@@ -275,66 +280,53 @@ def _each_example(
             loss = loss + _pipeline.example_values(spec, soft)
         seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
         if soft.temperature is not None:
-            seen_plain = _at_one(plain_spec, examples.plain or unscaled)
+            seen_plain = _at_one(plain_spec, examples.plain or unscaled, soft.temperature)
     if examples.labels is not None:
         student = Operands(
             (soft.inputs[0], examples.labels), soft.where, None, (), examples.hard_scale
         )
-        hard_spec = Spec(LABELS.term, (setup.kinds[0], "labels"), setup.layout.axis)
+        hard_spec = Spec(LABELS.term, (setup.sides.kinds[0], "labels"), setup.sides.layout.axis)
         if setup.has_hard:
             loss = loss + _pipeline.example_values(hard_spec, student)
         seen_hard = _pipeline.example_values(
             hard_spec, lax.stop_gradient(student._replace(scale=None))
         )
-    best = [_argmax(x, soft.where, setup.layout) for x in unscaled.inputs]
+    best = [_argmax(x, soft.where, setup.sides.layout) for x in unscaled.inputs]
     same = jnp.broadcast_to(best[0] == best[1], loss.shape).astype(loss.dtype)
-    teacher = unscaled._replace(inputs=unscaled.inputs[1:], temperature=None, params=())
-    entropy_spec = Spec(ENTROPY.term, setup.kinds[1:], setup.layout.axis)
-    entropy = jnp.broadcast_to(_pipeline.example_values(entropy_spec, teacher), loss.shape)
+    teacher = unscaled._replace(inputs=unscaled.inputs[1:], params=())
+    entropy_spec = Spec(ENTROPY.term, setup.sides.kinds[1:2], setup.sides.layout.axis)
+    entropy = jnp.broadcast_to(_at_one(entropy_spec, teacher, soft.temperature), loss.shape)
     return loss, _Seen(seen_soft, seen_plain, seen_hard, same, entropy)
 
 
-def _at_one(spec: Spec, operands: Operands) -> Array:
-    """The divergence at T = 1; NaN with a top-k, which is of one temperature only."""
+def _at_one(spec: Spec, operands: Operands, temperature: Array | None) -> Array:
+    """A metric at T = 1; NaN with a top-k of another temperature: it has only its own."""
     values = _pipeline.example_values(
         spec, lax.stop_gradient(operands._replace(temperature=None, scale=None))
     )
-    return jnp.full_like(values, jnp.nan) if "top_k" in spec.kinds else values
+    if "top_k" not in spec.kinds or temperature is None:
+        return values
+    return jnp.where(temperature == 1, values, jnp.nan)
 
 
-def _assemble(setup: _Setup, batch: _Batch) -> _Batch:
-    """Everything on the axes of the whole input, with its values checked."""
-    layout, counted = setup.layout, batch.weights
-    if batch.label_weights is not None:
-        counted = (counted != 0) | (batch.label_weights != 0)
-    inputs = tuple(
-        _reading.expand(layout, kind, x, counted)
-        for kind, x in zip(setup.kinds, batch.inputs, strict=True)
+def _assemble(setup: _Setup, batch: _Batch) -> Operands:
+    """All sides on the axes of the whole input; a side counts where any term reads it."""
+    own = batch.weights if batch.label_weights is None else batch.label_weights
+    student = (batch.weights != 0) | (own != 0)
+    counted = (student, batch.weights, own)[: len(batch.inputs)]
+    return _reading.assemble(
+        setup.sides,
+        batch.inputs,
+        counted,
+        batch.where,
+        batch.temperature,
+        batch.params,
+        {"weights": batch.weights, "label_weights": batch.label_weights},
     )
-    where = None if batch.where is None else layout.expand(batch.where)
-    labels = batch.labels
-    if labels is not None:
-        labels = jnp.expand_dims(labels, layout.axis)
-        inputs, where = _reading.share_sharding((*inputs, labels), where, layout)
-        *inputs, labels = inputs
-    else:
-        inputs, where = _reading.share_sharding(inputs, where, layout)
-    temperature = batch.temperature
-    if temperature is not None:
-        temperature = temperature.astype(batch.weights.dtype)
-    operands = Operands(tuple(inputs), where, temperature, batch.params, None)
-    sides = ("predictions", "targets")
-    _reading.check_values(_NAME, sides, setup.kinds, setup.bare, layout, operands, batch.weights)
-    if labels is not None:
-        own = batch.weights if batch.label_weights is None else batch.label_weights
-        checks.check_weights(_NAME, "label_weights", batch.label_weights)
-        live = jnp.expand_dims(own.astype(bool), layout.axis)
-        checks.check_labels(_NAME, labels, live, layout.classes[0])
-    return batch._replace(inputs=tuple(inputs), where=where, temperature=temperature, labels=labels)
 
 
 def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
-    layout = setup.layout
+    layout = setup.sides.layout
     leading = tuple(range(len(layout.batch)))
     parts = (examples.soft, examples.plain)
     axes = [a for part in parts if part for a in _reading.batch_axes(layout, part)]
@@ -347,7 +339,12 @@ def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | Non
     if setup.reduction == "mean" and normalizer is None:
         normalizer = reductions.total(weights, "sum", setup.axis_name)
     return reductions.example_scale(
-        setup.layout.batch, weights.dtype, scaled, setup.reduction, normalizer, setup.axis_name
+        setup.sides.layout.batch,
+        weights.dtype,
+        scaled,
+        setup.reduction,
+        normalizer,
+        setup.axis_name,
     )
 
 
@@ -358,7 +355,7 @@ def _other(setup: _Setup, batch: _Batch, factor: Array) -> tuple[Array, Array, A
     call = partial(
         setup.other,
         *batch.given,
-        axis=setup.layout.axis,
+        axis=setup.sides.layout.axis,
         where=batch.where,
         implementation=setup.implementation,
     )
@@ -395,7 +392,8 @@ def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> Distillat
 
 def _argmax(x: Any, where: Array | None, layout: Layout) -> Array:
     if isinstance(x, TopKInput):
-        best = jnp.argmax(x.log_probs, axis=-1, keepdims=True)
+        log_probs = jnp.where(allowed(x.indices, where), x.log_probs, -jnp.inf)
+        best = jnp.argmax(log_probs, axis=-1, keepdims=True)
         return jnp.take_along_axis(x.indices, best, axis=-1)[..., 0]
     scores = x if where is None else jnp.where(where, x, -jnp.inf)
     classes_last = jnp.moveaxis(scores, layout.axis, range(-len(layout.axis), 0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from kljax._engine import checks
+from kljax._engine import checks, value_checks
 from kljax._engine.terms import weigh
 
 Reduction = Literal["none", "mean", "sum", "batchmean"]
@@ -78,7 +78,7 @@ def _reduce(
     reduction: Reduction,
     axis_name: AxisName | None,
 ) -> Array:
-    checks.check_weights("reduce", "weights", weights)
+    value_checks.check_weights("reduce", "weights", weights)
     values = values.astype("float64" if values.dtype == jnp.float64 else "float32")
     scale = example_scale(values.shape, values.dtype, weights, reduction, normalizer, axis_name)
     return total(values if scale is None else weigh(scale, values), reduction, axis_name)
@@ -105,6 +105,7 @@ def prepare(
     if axis_name is not None and reduction == "none":
         remedy = "Nothing is summed over the axis without one."
         checks.fail(caller, "axis_name", "given with a reduction", 'reduction="none"', remedy)
+    checks.require_axis_name(caller, axis_name)
     return weights, normalizer
 
 

@@ -113,7 +113,8 @@ def sample_targets(
     scores, log_mass = _scores(x, "sample_targets", temperature)
     tilted = scores * power.astype(scores.dtype)
     tilted = lax.stop_gradient(jnp.where(jnp.isneginf(scores), -jnp.inf, tilted))
-    draws = jax.random.categorical(key, tilted, axis=-1, shape=(n, *x.shape[:-1]))
+    # One after another: a draw takes noise of the size of the logits.
+    draws = lax.map(lambda key: jax.random.categorical(key, tilted), jax.random.split(key, n))
     indices = jnp.sort(jnp.moveaxis(draws, 0, -1), axis=-1)
     count = jnp.sum(indices[..., :, None] == indices[..., None, :], axis=-1)
     repeated = jnp.concatenate(

@@ -232,6 +232,24 @@ def test_16_bit_inputs(rng, dtype):
         assert_close(gradients[wrt], slope, own)
 
 
+def test_a_loss_scale_keeps_small_gradients(rng):
+    """float16 ends at 6e-8: the scale must reach a gradient before it is rounded."""
+    x, y = (jnp.asarray(side(rng), jnp.float16) for _ in range(2))
+    scale = 2.0**12
+
+    @jax.jit
+    @jax.grad
+    def scaled(x):
+        return scale * 1e-6 * kljax.forward_kl(x, y, reduction="mean", implementation=blocks())
+
+    sides = [np.asarray(z, np.float64) for z in (x, y)]
+    want = scale * 1e-6 * oracle.gradient("forward_kl", *sides) / N
+    assert_close(scaled(x), want, np.float16)
+    lost = np.asarray(want / scale, np.float16) == 0
+    assert lost.mean() > 0.5, "without a scale they would be zeros"
+    assert (np.asarray(scaled(x))[lost & (abs(want) > 1e-6)] != 0).all()
+
+
 # --- every mode ---
 
 
@@ -287,6 +305,17 @@ def test_a_term_with_params_and_captured_values(rng):
     assert_close(value, want(a))
     for name in a:
         assert_close(got[name], slopes[name])
+
+
+def test_a_term_that_captures_one_value_per_example(rng):
+    """Without a named implementation any batch goes at once, also within distillation_loss."""
+    x = jnp.zeros((256, 4096))
+    y = x.at[:, 0].set(1.0)
+    each = jnp.linspace(0, 1, 256)[:, None]
+    mine = kljax.divergence(lambda s, t: each * kljax.term_kl(t, s))
+    want = jnp.mean(each[:, 0] * kljax.forward_kl(x, y))
+    assert_close(mine(x, y, reduction="mean"), want)
+    assert_close(kljax.distillation_loss(x, y, divergence=mine)[0], want)
 
 
 def test_transforms(rng):

@@ -207,6 +207,24 @@ def test_a_term_with_a_state_is_read_at_each_call(rng):
         assert_close(jax.grad(loss)(2.0), want)
 
 
+def test_a_callable_with_a_state_is_never_cached(rng):
+    """Not even where it says what function it wraps."""
+    x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
+
+    class Scaled:
+        __wrapped__ = staticmethod(kljax.term_kl)
+        scale = 1.0
+
+        def __call__(self, log_s, log_t):
+            return self.scale * kljax.term_kl(log_t, log_s)
+
+    term = Scaled()
+    mine = kljax.divergence(term)
+    first = mine(x, y)
+    term.scale = 3.0
+    assert_close(mine(x, y), 3 * first)
+
+
 def test_a_divergence_with_traced_options_leaves_no_tracer(rng):
     """A partial over a traced beta, and a term over a traced scale, leak nothing."""
     x, y = (jnp.asarray(rng.normal(size=(2, 4)), jnp.float32) for _ in range(2))

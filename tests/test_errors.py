@@ -118,6 +118,14 @@ EXACT = {
         'forward_kl: axis_name must be given with a reduction; got reduction="none". '
         "Nothing is summed over the axis without one.",
     ),
+    "axis_name as a list": (
+        lambda: kljax.forward_kl(X, X, reduction="mean", axis_name=["data"]),
+        "forward_kl: axis_name must be a name or a tuple of names; got ['data'].",
+    ),
+    "rows that are a bool": (
+        lambda: kljax.forward_kl(X, X, implementation=kljax.Chunked(rows=True)),
+        "forward_kl: implementation must be Chunked of a positive int of rows; got Chunked(rows=True).",
+    ),
     "temperature zero": (
         lambda: kljax.forward_kl(X, X, temperature=0.0),
         "forward_kl: temperature must be positive; got 0.0. Use None for no temperature.",

@@ -670,3 +670,33 @@ def test_arguments_that_do_not_fit_a_head():
         kljax.entropy(kljax.Head(HIDDEN, KERNEL.astype(np.int32)))
     with pytest.raises(TypeError, match="entropy: .*hidden.*floating point.*int32"):
         kljax.entropy(kljax.Head(HIDDEN.astype(np.int32), KERNEL))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nothing_is_read_at_a_masked_class(rng, bad, softcap):
+    """Whatever kernel and bias hold there: value and gradients are those of a 0."""
+    a = only(arrays(rng), "s")
+    where = np.arange(V) != V - 1
+    spoilt = a | {
+        "s.kernel": a["s.kernel"].copy(),
+        "s.bias": np.where(where, a["s.bias"], bad).astype(np.float32),
+    }
+    spoilt["s.kernel"][:, -1] = bad
+    clean = spoilt | {
+        "s.kernel": np.where(where, spoilt["s.kernel"], 0).astype(np.float32),
+        "s.bias": np.where(where, spoilt["s.bias"], 0).astype(np.float32),
+    }
+    target = rng.normal(size=(N, V)).astype(np.float32)
+
+    def step(a, where):
+        def loss(a):
+            head = kljax.Head(**(parts(a, "s") | {"softcap": softcap}))
+            return kljax.forward_kl(head, target, where=where, reduction="mean")
+
+        return jax.value_and_grad(loss)(a)
+
+    for mask in (where, np.broadcast_to(where, target.shape)):
+        got, want = (jax.jit(step)(x, mask) for x in (spoilt, clean))
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_close(one, np.asarray(other, np.float64))

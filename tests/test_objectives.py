@@ -277,6 +277,17 @@ def test_a_bad_example_of_weight_zero_has_no_effect():
         np.testing.assert_array_equal(np.asarray(grads["predictions"])[W == 0], 0)
 
 
+@pytest.mark.parametrize("side", ["predictions", "targets"])
+def test_a_row_that_one_term_reads(side):
+    """NaN shows in each term that counts the row, and in no other."""
+    weights, label_weights = f32([0, 1, 1, 1]), f32([1, 1, 1, 1])
+    bad = {side: np.where(weights[:, None] == 0, np.float32(np.nan), ARRAYS[side])}
+    options = {"weights": weights, "label_weights": label_weights}
+    (_, metrics), _ = traced(ARRAYS | options | bad)
+    assert np.isfinite(metrics.soft)
+    assert np.isnan(metrics.hard) == (side == "predictions")
+
+
 def test_no_examples_or_no_labels_give_zero():
     """A term whose weights are all 0 contributes 0 and no gradient."""
     zero = np.zeros_like(W)

@@ -48,6 +48,7 @@ ORDER = [
     "kljax._engine.representation",
     "kljax._engine.statistics",
     "kljax._engine.checks",
+    "kljax._engine.value_checks",
     "kljax._engine.terms",
     "kljax._engine",
 ]

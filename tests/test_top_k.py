@@ -1,5 +1,6 @@
 """A teacher's best classes as targets, kept or sampled: `TopK`, `top_k`, `sample_targets`."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -499,7 +500,11 @@ def test_distillation_loss(rng):
         assert_close([metrics.soft, metrics.hard], terms(x))
         same = x.argmax(-1) == kept["indices"][:, 0]
         assert_close(metrics.agreement, oracle.reduce(same, WEIGHTS, "mean"))
-        assert np.isfinite(metrics.teacher_entropy)
+        few = np.concatenate([kept["log_probs"], kept["log_tail"][:, None]], -1)
+        entropy = oracle.reduce(oracle.entropy(few), WEIGHTS, "mean")
+        at_one = [metrics.divergence, metrics.teacher_entropy]
+        # A cache of another temperature cannot tell what it is at 1.
+        assert_close(at_one, [terms(x)[0], entropy] if temperature is None else [np.nan] * 2)
 
 
 # --- what does not fit ---
@@ -685,3 +690,74 @@ def test_sampled_targets(rng):
         kljax.forward_kl(x, eager, temperature=1.0)
     with pytest.raises(ValueError, match="sample_targets: n .*got 0"):
         kljax.sample_targets(key, teacher, 0)
+
+
+# --- masked classes and examples without any ---
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both", "truncate"])
+def test_an_example_without_classes_is_zero(rng, tail):
+    """Every class masked: value and gradient 0, beside examples that are computed as ever."""
+    x, teacher = logits(rng), kljax.top_k(jnp.asarray(logits(rng)), 3)
+    teacher = dataclasses.replace(teacher, tail=tail)
+    where = np.ones(x.shape, bool)
+    where[1] = False
+
+    def loss(x):
+        each = kljax.forward_kl(x, teacher, where=where)
+        return each.sum(), each
+
+    (gradient, each) = jax.jit(jax.grad(loss, has_aux=True))(x)
+    assert each[1] == 0
+    assert (gradient[1] == 0).all()
+    assert np.isfinite(each).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_the_mask_leaves_only_the_best():
+    """Nothing is left for the rest, whatever the cache says of it."""
+    x = jnp.array([[3.0, 2.0, 1.0, 0.0, -1.0]])
+    where = jnp.array([True, True, False, False, False])
+    teacher = kljax.top_k(jnp.where(where, x, -jnp.inf), 2)
+    assert_close(kljax.forward_kl(x, teacher, where=where), [0.0])
+    assert np.isfinite(kljax.forward_kl(x, kljax.top_k(x, 2), where=where)).all()
+
+
+def test_an_index_out_of_range_beside_a_mask_is_nan():
+    """It does not wrap around to a masked class, to vanish with it."""
+    log_probs = jnp.log(jnp.array([0.5, 0.3]))
+    where = jnp.array([True, True, True, False])
+    for index in (-1, 4):
+        targets = kljax.TopK(jnp.array([0, index]), log_probs)
+        assert np.isnan(kljax.forward_kl(jnp.zeros(4), targets, where=where))
+
+
+def test_metrics_of_distillation_from_the_best():
+    """Agreement is that of classes that exist; what is of T = 1 is NaN at another temperature."""
+    x, where = jnp.array([[3.0, 2.0, 1.0, 0.0]]), jnp.array([False, True, True, True])
+    _, metrics = kljax.distillation_loss(x, kljax.top_k(x, 2), where=where)
+    assert metrics.agreement == 1
+    _, warm = kljax.distillation_loss(x, kljax.top_k(x, 2, temperature=2.0), temperature=2.0)
+    assert np.isnan(warm.divergence)
+    assert np.isnan(warm.teacher_entropy)
+    assert np.isfinite(warm.soft)
+    _, plain = kljax.distillation_loss(x, kljax.top_k(x, 4))
+    assert_close(plain.teacher_entropy, kljax.entropy(x)[0])
+
+
+def test_a_temperature_that_is_a_number_is_not_mapped(rng):
+    """Under vmap and lax.map the arrays of a top-k are cut, its temperature is not."""
+    x = jnp.asarray(logits(rng))
+    teacher = kljax.top_k(x[:, ::-1], 3, temperature=2.0)
+    want = kljax.forward_kl(x, teacher, temperature=2.0)
+    one = lambda x, teacher: kljax.forward_kl(x, teacher, temperature=2.0)  # noqa: E731
+    assert_close(jax.vmap(one)(x, teacher), want)
+    assert_close(jax.lax.map(lambda pair: one(*pair), (x, teacher)), want)
+
+
+def test_sampling_takes_the_memory_of_few_arrays():
+    """The noise of one draw at a time, not of all: a few arrays of the logits' size, not n."""
+    x = jax.ShapeDtypeStruct((64, 4096), np.float32)
+    draw = jax.jit(lambda x: kljax.sample_targets(jax.random.key(0), x, 32))
+    temporary = draw.lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 10 * 4 * 64 * 4096

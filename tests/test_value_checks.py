@@ -158,7 +158,7 @@ def test_checks_cost_nothing_unwrapped(monkeypatch):
     checked = hlo()
     calls = []
     monkeypatch.setattr(
-        "kljax._engine.checks.debug_check", lambda *args, **kwargs: calls.append(args)
+        "kljax._engine.value_checks.debug_check", lambda *args, **kwargs: calls.append(args)
     )
     unchecked = hlo()
     jax.clear_caches()

@@ -14,6 +14,8 @@ from kljax._engine.blocks import Blocks, block_shapes
 from kljax._engine.representation import Operands, Spec, view, without_heads
 from kljax._engine.top_k import coarsen
 
+_JITTED = type(jax.jit(lambda: None))
+
 
 def is_pure(value: Any, above: tuple[Any, ...] = ()) -> bool:
     """Whether a function captures nothing but other such functions.
@@ -34,8 +36,10 @@ def is_pure(value: Any, above: tuple[Any, ...] = ()) -> bool:
             bound, cells = (*value.args, *value.keywords.values()), (value.func,)
         case tuple():
             bound, cells = (), value
-        case _:  # jit and custom_jvp leave the function behind; anything else may hold a state
+        case jax.custom_jvp() | jax.custom_vjp() | _JITTED():
             bound, cells = (), (getattr(value, "__wrapped__", value),)
+        case _:  # it may hold a state
+            return False
     # A bound number stays what it is; a variable may be another number at the next call.
     return all(isinstance(one, int | float) or is_pure(one, inside) for one in bound) and all(
         is_pure(one, inside) for one in cells

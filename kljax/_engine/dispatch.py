@@ -31,15 +31,15 @@ _MIB = 2**20
 
 
 class _Budget(NamedTuple):
-    """Bytes of float32 logits in one block: a share of the whole, between bounds."""
+    """Bytes of float32 logits in one block: a share of one input's, between bounds."""
 
     share: float
     least: int
     most: int
     least_rows: int = 1
 
-    def rows(self, batch: tuple[int, ...], classes: int) -> int:
-        whole = 4 * classes * math.prod(batch)
+    def rows(self, batch: tuple[int, ...], classes: int, itemsize: int) -> int:
+        whole = itemsize * classes * math.prod(batch)
         rows = int(min(max(self.share * whole, self.least), self.most)) // (4 * classes)
         return max(rows, self.least_rows)
 
@@ -70,8 +70,8 @@ def choose(
     batch: tuple[int, ...],
     classes: int,
     *,
+    itemsize: int,
     made_in_blocks: bool,
-    narrow: bool,
     explicit_mesh: bool,
 ) -> Choice:
     """How to run. A named implementation runs or raises; None leaves the choice here."""
@@ -84,22 +84,21 @@ def choose(
         remedy = 'Leave implementation=None or "dense", or use shard_map.'
         checks.fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
     if isinstance(implementation, Chunked):
-        if not isinstance(implementation.rows, int) or implementation.rows < 1:
-            got = f"Chunked(rows={implementation.rows!r})"
-            checks.fail(caller, "implementation", "of a positive int of rows", got, "Give an int.")
-        return Choice(*[exactly(batch, implementation.rows)] * 2)
+        rows = implementation.rows
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            got = f"Chunked(rows={rows!r})"
+            checks.fail(caller, "implementation", "Chunked of a positive int of rows", got, "Give one.")
+        return Choice(*[exactly(batch, rows)] * 2)
     if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
         return at_once(batch)
     cpu = _CPU_MADE if made_in_blocks else _CPU
-    if narrow and not made_in_blocks:  # beside 16-bit inputs a block's float32 weighs twice
-        cpu = cpu._replace(share=cpu.share / 2, most=cpu.most // 2)
     elsewhere = _ELSEWHERE_CHUNKED if implementation == "chunked" else None
     elsewhere = _ELSEWHERE_MADE if made_in_blocks else elsewhere
-    return Choice(*(_blocks(batch, classes, budget) for budget in (cpu, elsewhere)))
+    return Choice(*(_blocks(batch, classes, itemsize, budget) for budget in (cpu, elsewhere)))
 
 
-def _blocks(batch: tuple[int, ...], classes: int, budget: _Budget | None) -> Blocks:
+def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:
     """Blocks of about the budget; a batch of less than a few of the least goes at once."""
     if budget is None or 4 * classes * math.prod(batch) <= 4 * budget.least:
         return whole(batch)
-    return fitting(batch, budget.rows(batch, classes))
+    return fitting(batch, budget.rows(batch, classes, itemsize))

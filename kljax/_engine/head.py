@@ -81,16 +81,16 @@ def _logits(head: HeadInput) -> tuple[Array, _Parts]:
     raw = _dot(head, hidden, head.kernel, "...h,hv->...v")
     if head.bias is not None:
         raw = raw + head.bias.astype(dtype).reshape((1,) * (raw.ndim - 1) + (-1,))
-    logits = raw if head.scale is None else _finite_times(raw, head.scale.astype(dtype))
+    logits = raw if head.scale is None else _scaled(raw, head.scale.astype(dtype))
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
     return logits, _Parts(hidden, raw, logits)
 
 
-def _finite_times(raw: Array, factor: Array, else_: float = -jnp.inf) -> Array:
-    """raw · factor, where a class that a bias of -inf removes has no derivative."""
-    removed = jnp.isneginf(raw)
-    return jnp.where(removed, else_, jnp.where(removed, 0, raw) * factor)
+def _scaled(raw: Array, scale: Array) -> Array:
+    """raw · scale, where a class that a bias of -inf removes stays so, and has no derivative."""
+    infinite = jnp.isinf(raw)
+    return jnp.where(infinite, raw, jnp.where(infinite, 0, raw) * scale)
 
 
 def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Array]:
@@ -105,7 +105,7 @@ def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Arr
         "hidden": lambda: _dot(head, ct, head.kernel, "...v,hv->...h"),
         "kernel": lambda: _dot(head, parts.hidden, ct, "...h,...v->hv"),
         "bias": lambda: jnp.sum(ct, axis=tuple(range(ct.ndim - 1))),
-        "scale": lambda: jnp.sum(_finite_times(parts.raw, to_scaled, 0)),
+        "scale": lambda: jnp.sum(jnp.where(to_scaled == 0, 0, to_scaled * parts.raw)),
         "live": lambda: jnp.zeros(()),  # bool: it never moves
     }
     present = [name for name in makers if getattr(head, name) is not None]

@@ -50,7 +50,12 @@ def total(run: Run, operands: Tree) -> Rows:
     if run.single:
         each, seen = _watched(run.function(head.project(operands)))
         return jnp.sum(each), seen
-    return _total(run, _aligned(operands))
+    leaves = _aligned(operands)
+    if any(x.dtype == jnp.float16 for x in leaves):
+        # Its gradient must know the cotangent, a loss scale, before it is rounded to so few bits.
+        each, seen = _values(run, leaves)
+        return jnp.sum(each), seen
+    return _total(run, leaves)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -234,7 +234,7 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     from_a, from_b = _to_mixture(log_a, log_b, w, r)
-    return weigh(w, from_a) + weigh(1 - w, from_b)
+    return _stored(weigh(w, from_a) + weigh(1 - w, from_b))
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)

@@ -58,12 +58,10 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
         batch = jnp.broadcast_shapes(log_probs.shape[:-1], best.shape[:-1])
         log_probs = jnp.broadcast_to(log_probs, (*batch, log_probs.shape[-1]))
         indices, best = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (given.indices, best))
-        valid = jnp.broadcast_to(valid, best.shape)
-        where = operands.where
-        if where is not None:
-            where = jnp.broadcast_to(where, log_probs.shape)
-            valid &= jnp.take_along_axis(where, jnp.where(valid, indices, 0), axis=-1)
-        sides.append(_split(log_probs, indices, valid, where))
+        valid = jnp.broadcast_to(valid, best.shape) & allowed(indices, operands.where)
+        sides.append(_split(log_probs, indices, valid, operands.where))
+    else:
+        valid &= allowed(given.indices, operands.where)
     best = jnp.where(valid, best, -jnp.inf)
     all_taken = sides[0].all_taken if sides else False
     sides.append(_Seen(best, _rest(given.log_tail, best, all_taken)))
@@ -87,6 +85,16 @@ def _split(log_probs: Array, indices: Array, valid: Array, where: Array | None) 
     return _Seen(best, outside, ~jnp.any(left, axis=-1))
 
 
+def allowed(indices: Array, where: Array | None) -> Array:
+    """Whether `where` lets each class be; one out of range stays, to give NaN."""
+    if where is None:
+        return jnp.ones(indices.shape, bool)
+    classes = where.shape[-1]
+    inside = (indices >= 0) & (indices < classes)
+    where = jnp.broadcast_to(where, (*indices.shape[:-1], classes))
+    return ~inside | jnp.take_along_axis(where, jnp.where(inside, indices, 0), axis=-1)
+
+
 def marked(indices: Array, classes: int) -> Array:
     """Whether each class is among the indices; those past the end are dropped.
 
@@ -103,23 +111,29 @@ def marked(indices: Array, classes: int) -> Array:
 
 def _rest(log_tail: Array | None, best: Array, all_taken: Array | bool) -> Array:
     """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
+    none_left = jnp.asarray(all_taken)
     if log_tail is not None:
-        return jnp.broadcast_to(log_tail.astype(best.dtype), best.shape[:-1])
+        return jnp.where(none_left, -jnp.inf, log_tail.astype(best.dtype))
     mass = log_sum_exp(best)
-    lacking = (mass < 0) & ~jnp.asarray(all_taken)
+    lacking = (mass < 0) & ~none_left
     return jnp.where(lacking, _log1mexp(jnp.where(lacking, mass, -1)), -jnp.inf)
 
 
 def _on_few_classes(sides: list[_Seen], tail: Tail) -> list[Array]:
     if tail == "renormalize":
-        best = sides[-1].best
-        best = best - log_sum_exp(best)[..., None]
-        sides = [*sides[:-1], _Seen(best, jnp.full_like(sides[-1].rest, -jnp.inf))]
+        best = _renormalized(sides[-1].best)
+        sides = [*sides[:-1], _Seen(best, jnp.full_like(best[..., 0], -jnp.inf))]
     if tail == "renormalize_both":
-        return [side.best - log_sum_exp(side.best)[..., None] for side in sides]
+        return [_renormalized(side.best) for side in sides]
     if tail == "truncate":
         return [side.best for side in sides]
     return [jnp.concatenate([side.best, side.rest[..., None]], axis=-1) for side in sides]
+
+
+def _renormalized(best: Array) -> Array:
+    """The k classes alone; where none is left, nothing."""
+    mass = log_sum_exp(best)
+    return best - jnp.where(jnp.isneginf(mass), 0, mass)[..., None]
 
 
 def _unless_dead(x: Array, scale: Array | None) -> Array:

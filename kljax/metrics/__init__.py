@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from kljax._engine import checks
+from kljax._engine import checks, value_checks
 from kljax._engine.terms import weigh
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName
@@ -194,7 +194,7 @@ def _update(
     agreement: Array | None,
     axis_name: AxisName | None,
 ) -> Divergence:
-    checks.check_weights(_NAME, "weights", weights)
+    value_checks.check_weights(_NAME, "weights", weights)
     dtype = state.maximum.dtype
     values = _flat(values).astype(dtype)
     weights = None if weights is None else _flat(weights).astype(dtype)
