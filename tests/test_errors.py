@@ -124,7 +124,8 @@ EXACT = {
     ),
     "rows that are a bool": (
         lambda: kljax.forward_kl(X, X, implementation=kljax.Chunked(rows=True)),
-        "forward_kl: implementation must be Chunked of a positive int of rows; got Chunked(rows=True).",
+        "forward_kl: implementation must be Chunked of a positive int of rows; "
+        "got Chunked(rows=True).",
     ),
     "temperature zero": (
         lambda: kljax.forward_kl(X, X, temperature=0.0),

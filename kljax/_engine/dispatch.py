@@ -86,8 +86,8 @@ def choose(
     if isinstance(implementation, Chunked):
         rows = implementation.rows
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-            got = f"Chunked(rows={rows!r})"
-            checks.fail(caller, "implementation", "Chunked of a positive int of rows", got, "Give one.")
+            expected, got = "Chunked of a positive int of rows", f"Chunked(rows={rows!r})"
+            checks.fail(caller, "implementation", expected, got, "Give one.")
         return Choice(*[exactly(batch, rows)] * 2)
     if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
         return at_once(batch)
