@@ -22,7 +22,6 @@ the folder named by --output.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import sysconfig
@@ -130,18 +129,11 @@ def logits_of(head: kljax.Head) -> Array:
 
 
 def few_classes(teacher: kljax.Head, key: Array, args: Args) -> kljax.TopK:
-    """The teacher's best classes, or a sample; from the logits of one window at a time."""
-
-    def of_window(window: tuple[Array, Array]) -> kljax.TopK:
-        hidden, key = window
-        logits = jnp.where(used_ids(args), jnp.matmul(hidden, teacher.kernel), -jnp.inf)
-        if args.targets == "top-k":
-            return kljax.top_k(logits, args.k, temperature=args.temperature)
-        return kljax.sample_targets(key, logits, args.k, temperature=args.temperature)
-
-    keys = jax.random.split(key, args.batch_size)
-    few = jax.lax.map(of_window, (teacher.hidden, keys))
-    return dataclasses.replace(few, temperature=args.temperature)  # one, not one per window
+    """The teacher's best classes, or a sample."""
+    options: Any = {"where": used_ids(args), "temperature": args.temperature}
+    if args.targets == "top-k":
+        return kljax.top_k(teacher, args.k, **options)
+    return kljax.sample_targets(key, teacher, args.k, **options)
 
 
 def distill(

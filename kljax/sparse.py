@@ -1,17 +1,32 @@
 """A teacher in few numbers: its best classes, or a sample of them."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from kljax._engine import checks
-from kljax._engine.representation import compute_dtype
+from kljax import _pipeline, _reading
+from kljax._engine import checks, rowwise
+from kljax._engine.checks import Layout
+from kljax._engine.dispatch import Choice
+from kljax._engine.representation import Operands, log_probs_of
+from kljax._engine.rowwise import Rows, Run
 from kljax._engine.top_k import log_sum_exp, marked
-from kljax.distributions import Logits, TopK
+from kljax.distributions import Head, Logits, TopK
 
 
-def top_k(logits: ArrayLike | Logits, k: int, *, temperature: ArrayLike | None = None) -> TopK:
+def top_k(
+    logits: ArrayLike | Logits | Head,
+    k: int,
+    *,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+) -> TopK:
     r"""Take the k best classes of each distribution, and the mass of the rest.
 
     .. math:: \log p_i = z_i / T - \log \sum_j \exp(z_j / T), \quad i \in K; \qquad
@@ -24,11 +39,13 @@ def top_k(logits: ArrayLike | Logits, k: int, *, temperature: ArrayLike | None =
     Units: nats.
 
     Zeros: a logit of -inf is a class of probability 0, and padding if it is among the k.
-    Gradients: to the logits and the temperature, in every mode.
+    Gradients: to the logits and the temperature, in every mode; none to a `Head`.
 
     Args:
-        logits: The teacher's, or `Logits`; classes on the last axis.
+        logits: The teacher's, or `Logits`; classes on the last axis. Or its `Head`, whose logits
+            are made for a block of examples at a time.
         k: How many classes to keep, at most V.
+        where: bool, which classes exist, as in `forward_kl`; the others are padding.
         temperature: T; the loss must be given the same.
 
     Returns:
@@ -46,25 +63,21 @@ def top_k(logits: ArrayLike | Logits, k: int, *, temperature: ArrayLike | None =
     Source: the tail as one class: TRL's and DistillKit's sparse distillation; the bound is the
     data-processing inequality (Cover and Thomas, Elements of Information Theory, section 2.8).
     """
-    x = _read("top_k", logits)
-    if not isinstance(k, int) or not 1 <= k <= x.shape[-1]:
-        checks.fail(
-            "top_k", "k", f"an int in [1, {x.shape[-1]}], the classes", f"{k}", "Take fewer."
-        )
-    scores, log_mass = _scores(x, "top_k", temperature)
-    indices = lax.top_k(lax.stop_gradient(x), k)[1]
-    best = jnp.take_along_axis(scores, indices, axis=-1)
-    taken = marked(indices, x.shape[-1])
-    log_tail = log_sum_exp(jnp.where(taken, -jnp.inf, scores)) - log_mass
-    return TopK(indices, best - log_mass[..., None], log_tail, temperature)
+    teacher = _read("top_k", logits, where, temperature)
+    classes = teacher.layout.classes[0]
+    if not isinstance(k, int) or not 1 <= k <= classes:
+        checks.fail("top_k", "k", f"an int in [1, {classes}], the classes", f"{k}", "Take fewer.")
+    indices, log_probs, log_tail = _few(teacher, _best, k)
+    return TopK(indices, log_probs, log_tail, temperature)
 
 
 def sample_targets(
     key: Array,
-    logits: ArrayLike | Logits,
+    logits: ArrayLike | Logits | Head,
     n: int,
     *,
     proposal_power: float = 1.0,
+    where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
 ) -> TopK:
     r"""Sample sparse targets whose expected gradient is that of the whole teacher.
@@ -80,14 +93,15 @@ def sample_targets(
     Shapes: logits ``batch + (V,)``; the result's arrays ``batch + (n,)``. A class drawn twice
     takes one slot; the slots left over are padding. Units: nats.
 
-    Zeros: a logit of -inf is never drawn.
-    Gradients: to the logits through p only, not through the draws.
+    Zeros: a logit of -inf is never drawn, nor a class that ``where`` masks.
+    Gradients: to the logits through p only, not through the draws; none to a `Head`.
 
     Args:
         key: A JAX random key.
-        logits: The teacher's, or `Logits`; classes on the last axis.
+        logits: The teacher's, `Logits` or `Head`, as in `top_k`.
         n: Draws per distribution, with replacement.
         proposal_power: τ; below 1 the rarer classes are drawn more often.
+        where: bool, which classes exist, as in `top_k`.
         temperature: T of p; the loss must be given the same.
 
     Returns:
@@ -106,44 +120,96 @@ def sample_targets(
     Source: Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs
     (2025), section 3.
     """
-    x = _read("sample_targets", logits)
+    teacher = _read("sample_targets", logits, where, temperature)
     if not isinstance(n, int) or n < 1:
         checks.fail("sample_targets", "n", "a positive int", f"{n}", "It counts the draws.")
     power = checks.require_number("sample_targets", "proposal_power", proposal_power)
-    scores, log_mass = _scores(x, "sample_targets", temperature)
-    tilted = scores * power.astype(scores.dtype)
-    tilted = lax.stop_gradient(jnp.where(jnp.isneginf(scores), -jnp.inf, tilted))
+    keys = jax.random.split(key, teacher.layout.batch)
+    indices, log_weights = _few(teacher, _drawn, n, keys, power)
+    return TopK(indices, log_weights, None, temperature, "truncate")
+
+
+class _Teacher(NamedTuple):
+    """A single side, on the axes of the whole input."""
+
+    layout: Layout
+    choice: Choice  # of blocks, for a head's logits
+    operands: Operands
+
+
+def _read(
+    caller: str,
+    logits: ArrayLike | Logits | Head,
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+) -> _Teacher:
+    held = (_reading.read(caller, "logits", logits),)
+    checks.require_logits(caller, "logits", held[0].kind)
+    layout = _reading.read_layout(caller, ("logits",), held, -1)
+    where, temperature = _reading.read_options(caller, layout, where, temperature, held)
+    sides = _reading.sides_of(caller, ("logits",), held, layout)
+    choice = _pipeline.choose_blocks(caller, layout, held, None, ())
+    given = _reading.assemble(sides, (held[0].value,), (None,), where, temperature, (), {})
+    return _Teacher(layout, choice, given)
+
+
+def _few(teacher: _Teacher, choose: Callable[..., Any], count: int, *more: Array) -> Any:
+    """What is chosen by the log-probabilities of each example."""
+    layout, choice, operands = teacher
+    return _few_jitted(layout, choice, choose, count, (operands, more))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _few_jitted(
+    layout: Layout,
+    choice: Choice,
+    choose: Callable[..., tuple[Array, ...]],
+    count: int,
+    given: tuple[Operands, tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    def of_block(given: tuple[Operands, tuple[Array, ...]]) -> Rows:
+        operands, more = given
+        log_probs = log_probs_of("logits", operands, layout.axis)
+        return jnp.zeros(log_probs.shape[:-1]), choose(count, log_probs, *more)
+
+    operands, more = given
+    if isinstance(operands.inputs[0], Array):
+        return of_block(given)[1]
+    leading = tuple(range(len(layout.batch)))
+    axes = _reading.batch_axes(layout, operands) + tuple(leading if x.ndim else None for x in more)
+    run = Run(of_block, layout.batch, jax.tree.structure(given), axes, *choice)
+    return rowwise.values(run, lax.stop_gradient(given))[1]
+
+
+def _best(count: int, log_probs: Array) -> tuple[Array, Array, Array]:
+    """The best classes, and the mass of the rest."""
+    indices = lax.top_k(lax.stop_gradient(log_probs), count)[1]
+    best = jnp.take_along_axis(log_probs, indices, axis=-1)
+    outside = jnp.where(marked(indices, log_probs.shape[-1]), -jnp.inf, log_probs)
+    return indices, best, log_sum_exp(outside)
+
+
+def _drawn(count: int, log_probs: Array, keys: Array, power: Array) -> tuple[Array, Array]:
+    """Classes drawn from p to a power, and the weights that make up for it."""
+    tilted = log_probs * power.astype(log_probs.dtype)
+    tilted = lax.stop_gradient(jnp.where(jnp.isneginf(log_probs), -jnp.inf, tilted))
+
+    *spec, _ = jax.typeof(tilted).sharding.spec
+    if any(spec):  # on a mesh of explicit axes what is mapped must be spread alike
+        keys = jax.sharding.reshard(keys, PartitionSpec(*spec))
+
+    def draw(key: Array, scores: Array, m: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(key, m), scores)
+
+    for _ in log_probs.shape[:-1]:
+        draw = jax.vmap(draw, (0, 0, None))
     # One after another: a draw takes noise of the size of the logits.
-    draws = lax.map(lambda key: jax.random.categorical(key, tilted), jax.random.split(key, n))
+    draws = lax.map(lambda m: draw(keys, tilted, m), jnp.arange(count))
     indices = jnp.sort(jnp.moveaxis(draws, 0, -1), axis=-1)
-    count = jnp.sum(indices[..., :, None] == indices[..., None, :], axis=-1)
-    repeated = jnp.concatenate(
-        [jnp.zeros_like(indices[..., :1], bool), indices[..., 1:] == indices[..., :-1]], axis=-1
-    )
+    same = indices[..., :, None] == indices[..., None, :]
+    repeated = jnp.any(jnp.tril(same, -1), axis=-1)
     at = lambda z: jnp.take_along_axis(z, indices, axis=-1)  # noqa: E731
-    log_p = at(scores) - log_mass[..., None]
     log_q = at(tilted) - log_sum_exp(tilted)[..., None]
-    log_weight = log_p - log_q + jnp.log(count.astype(scores.dtype) / n)
-    return TopK(indices, jnp.where(repeated, -jnp.inf, log_weight), None, temperature, "truncate")
-
-
-def _read(caller: str, logits: ArrayLike | Logits) -> Array:
-    x = checks.to_array(caller, "logits", logits.logits if isinstance(logits, Logits) else logits)
-    checks.require_float(caller, "logits", x)
-    if x.ndim == 0:
-        checks.fail(
-            caller, "logits", "an array with a class axis", "a scalar", "Classes come last."
-        )
-    return x
-
-
-def _scores(x: Array, caller: str, temperature: ArrayLike | None) -> tuple[Array, Array]:
-    """The logits over T, their maximum at 0, and the log of the sum of their exponentials."""
-    x = x.astype(compute_dtype(x))
-    peak = jnp.max(lax.stop_gradient(x), axis=-1, keepdims=True)
-    zero = jnp.isneginf(x)
-    scores = jnp.where(zero, 0, x) - jnp.where(jnp.isneginf(peak), 0, peak)
-    if temperature is not None:
-        scores = scores / checks.require_temperature(caller, temperature).astype(x.dtype)
-    scores = jnp.where(zero, -jnp.inf, scores)
-    return scores, jnp.log(jnp.sum(jnp.exp(scores), axis=-1))
+    share = jnp.sum(same, axis=-1).astype(log_q.dtype) / count
+    log_weight = at(log_probs) - log_q + jnp.log(share)
+    return indices, jnp.where(repeated, -jnp.inf, log_weight)

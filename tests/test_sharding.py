@@ -46,3 +46,22 @@ def test_value_and_gradient_on_a_mesh(rng, case, axis_type):
     assert_close(got, want)
     assert_close(gradient, want_gradient)
     assert gradient.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_few_classes_on_a_mesh(rng, axis_type):
+    """A teacher's best classes and samples, of logits and of a head, are those of one device."""
+    hidden, kernel = (jnp.asarray(rng.normal(size=z), jnp.float32) for z in ((16, 3), (3, 8)))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
+
+    def few(hidden):
+        for teacher in (kljax.Head(hidden, kernel), jnp.einsum("bh,hv->bv", hidden, kernel)):
+            yield kljax.top_k(teacher, 2)
+            yield kljax.sample_targets(jax.random.key(0), teacher, 5)
+
+    of_all = jax.jit(lambda hidden: [(t.indices, t.log_probs) for t in few(hidden)])
+    want = of_all(hidden)
+    with jax.set_mesh(mesh):
+        got = of_all(jax.device_put(hidden, NamedSharding(mesh, PartitionSpec("batch"))))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)

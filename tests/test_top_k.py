@@ -692,6 +692,74 @@ def test_sampled_targets(rng):
         kljax.sample_targets(key, teacher, 0)
 
 
+# --- of a head ---
+
+
+def head_of(rng, batch=(N,), **options):
+    hidden, kernel = logits(rng, *batch, 4), logits(rng, 4, V)
+    return kljax.Head(hidden, kernel, **options), np.matmul(hidden, kernel)
+
+
+@pytest.mark.parametrize("where", [None, np.arange(V) < V - 2], ids=["all", "masked"])
+def test_the_best_of_a_head(rng, where):
+    """As of its logits; masked classes are never among them, and hold no mass."""
+    head, z = head_of(rng, scale=0.5)
+    z = 0.5 * z if where is None else np.where(where, 0.5 * z, -np.inf)
+    kept = oracle_large.top_k(z, K, temperature=2.0)
+    for teacher in (head, kljax.Logits(0.5 * np.matmul(head.hidden, head.kernel))):
+        got = kljax.top_k(teacher, K, where=where, temperature=2.0)
+        np.testing.assert_array_equal(got.indices, kept["indices"])
+        assert_close(got.log_probs, kept["log_probs"])
+        assert_close(got.log_tail, kept["log_tail"])
+        assert got.temperature == 2.0
+    of_both = kljax.forward_kl(z, got, where=where, temperature=2.0)
+    assert_close(kljax.forward_kl(head, got, where=where, temperature=2.0), of_both)
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_samples_of_a_head(rng, make_key):
+    """The same draws as from its logits, none of a masked class, whatever the blocks."""
+    head, z = head_of(rng, (3, 20))
+    draw = partial(kljax.sample_targets, make_key(0), n=9, where=np.arange(V) != 1)
+    of_head, of_logits = draw(head), draw(z)
+    np.testing.assert_array_equal(of_head.indices, of_logits.indices)
+    assert_close(of_head.log_probs, of_logits.log_probs)
+    assert not (of_head.indices == 1)[np.isfinite(of_head.log_probs)].any()
+    again = kljax.sample_targets(make_key(0), kljax.Head(head.hidden, head.kernel), 9)
+    assert (again.indices == 1).any(), "without a mask it is drawn"
+
+
+def test_a_teacher_of_a_head_in_blocks():
+    """On a batch of many blocks: what its logits give, of a temporary that does not hold them."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden, kernel = jax.random.normal(keys[0], (2048, 8)), jax.random.normal(keys[1], (8, 2048))
+
+    def best(hidden):
+        return kljax.top_k(kljax.Head(hidden, kernel), 4).log_probs
+
+    def sampled(hidden):
+        return kljax.sample_targets(keys[0], kljax.Head(hidden, kernel), 3).log_probs
+
+    assert_close(best(hidden), kljax.top_k(hidden @ kernel, 4).log_probs)
+    for f in (best, sampled):
+        compiled = jax.jit(f).lower(hidden).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2048 * 2048
+    assert_close(sampled(hidden), kljax.sample_targets(keys[0], hidden @ kernel, 3).log_probs)
+    gradient = jax.grad(lambda hidden: best(hidden).sum())(hidden)
+    assert (gradient == 0).all(), "a head of targets is frozen"
+
+
+def test_only_logits_have_best_classes():
+    """Another distribution says what to pass instead."""
+    message = "top_k: logits must be logits or a Head; got LogProbs. Log-probabilities are logits"
+    with pytest.raises(ValueError, match=message):
+        kljax.top_k(kljax.LogProbs(X), 2)
+    with pytest.raises(ValueError, match="sample_targets: logits .*got Probs"):
+        kljax.sample_targets(jax.random.key(0), kljax.Probs(X), 2)
+    with pytest.raises(TypeError, match="top_k: where must be bool"):
+        kljax.top_k(X, 2, where=np.ones(V))
+
+
 # --- masked classes and examples without any ---
 
 

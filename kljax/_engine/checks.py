@@ -228,6 +228,12 @@ def require_no_top_k(caller: str, argument: str, kind: str) -> None:
         fail(caller, argument, "a whole distribution", "TopK", remedy)
 
 
+def require_logits(caller: str, argument: str, kind: str) -> None:
+    if kind not in ("logits", "head"):
+        got = {"log_probs": "LogProbs", "probs": "Probs", "top_k": "TopK"}[kind]
+        fail(caller, argument, "logits or a Head", got, "Log-probabilities are logits: pass them.")
+
+
 def require_arrays(caller: str, argument: str, kind: str) -> None:
     if kind in ("head", "top_k"):
         got = {"head": "Head", "top_k": "TopK"}[kind]

@@ -109,10 +109,10 @@ def without_heads(spec: Spec) -> Spec:
     return spec._replace(kinds=tuple(kinds))
 
 
-def log_probs_of(spec: Spec, operands: Operands) -> Array:
+def log_probs_of(kind: Kind, operands: Operands, axis: tuple[int, ...]) -> Array:
     """The log-probabilities of a single side."""
-    (kind,), (x,) = spec.kinds, operands.inputs
-    return _side(kind, x, operands, spec.axis, x.shape, compute_dtype(x)).log_probs
+    (x,) = operands.inputs
+    return _side(kind, x, operands, axis, x.shape, compute_dtype(x)).log_probs
 
 
 def to_input(kind: Kind, slope: Array, x: Array) -> Array:

@@ -54,7 +54,7 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     if others:
         others = [_unless_dead(x, operands.scale) for x in others]
         seen_by = operands._replace(inputs=tuple(others))
-        log_probs = log_probs_of(spec._replace(kinds=spec.kinds[:1]), seen_by)
+        log_probs = log_probs_of(spec.kinds[0], seen_by, spec.axis)
         batch = jnp.broadcast_shapes(log_probs.shape[:-1], best.shape[:-1])
         log_probs = jnp.broadcast_to(log_probs, (*batch, log_probs.shape[-1]))
         indices, best = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (given.indices, best))
