@@ -166,17 +166,18 @@ def choose_blocks(
     implementation: Implementation | None,
     terms: Iterable[Term],
 ) -> Choice:
-    made_in_blocks = any(side.kind in ("head", "top_k") for side in held)
-    if implementation is None and not made_in_blocks and not all(map(closures.is_pure, terms)):
+    kinds = {side.kind for side in held}
+    only_arrays = not kinds & {"head", "top_k"}
+    if implementation is None and only_arrays and not all(map(closures.is_pure, terms)):
         return dispatch.at_once(layout.batch)  # what a term captures may be of the batch's size
-    arrays = [x for side in held if side.kind != "labels" for x in jax.tree.leaves(side.value)]
+    arrays = [x.value for x in held if x.kind in ("logits", "log_probs", "probs")]
     return dispatch.choose(
         name,
         implementation,
         layout.batch,
         math.prod(layout.classes),
-        itemsize=4 if made_in_blocks else min(x.dtype.itemsize for x in arrays),
-        made_in_blocks=made_in_blocks,
+        itemsize=min((x.dtype.itemsize for x in arrays), default=4),
+        kinds=kinds,
         explicit_mesh=any(_reading.on_explicit_mesh(side.value) for side in held),
     )
 

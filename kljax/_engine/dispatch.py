@@ -1,11 +1,13 @@
 """Which implementation serves a call: one table of how many bytes of logits a block may hold."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kljax._engine import checks
 from kljax._engine.blocks import Blocks, exactly, fitting, whole
+from kljax._engine.representation import Kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class _Budget(NamedTuple):
     share: float
     least: int
     most: int
+    at_once: int  # so many are one block
     least_rows: int = 1
 
     def rows(self, batch: tuple[int, ...], classes: int, itemsize: int) -> int:
@@ -44,13 +47,17 @@ class _Budget(NamedTuple):
         return max(rows, self.least_rows)
 
 
-# On CPU a block and what is made of it stays in a core's cache, unless there is a head: then the
-# kernel and its gradient are passed over once a block, which a hundred rows make up for. Elsewhere
-# the compiler fuses whole arrays into as few passes as it can, and only what must be made first, a
-# head's logits or a top-k's complement, goes in blocks: of thousands of tokens, to fill the device.
-_CPU, _CPU_MADE = _Budget(1 / 64, _MIB // 4, 2 * _MIB), _Budget(1 / 16, _MIB // 4, 32 * _MIB, 128)
-_ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB)
-_ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB)  # asked for by name where arrays would go at once
+# On CPU a block and what is made of it stays in a core's cache, as all of a small batch does;
+# unless there is a head: then the kernel and its gradient are passed over once a block, which a
+# hundred rows make up for. Elsewhere the compiler fuses whole arrays into as few passes as it can,
+# and only what must be made first, a head's logits or a top-k's complement, goes in blocks: of
+# thousands of tokens, to fill the device.
+_CPU = _Budget(1 / 64, _MIB // 4, 2 * _MIB, 8 * _MIB)
+_CPU_HEAD = _Budget(1 / 16, _MIB // 4, 32 * _MIB, 4 * _MIB, least_rows=128)
+_ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
+# Asked for by name, where arrays would go at once.
+_CPU_CHUNKED = _CPU._replace(at_once=_MIB)
+_ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)
 
 
 class Choice(NamedTuple):
@@ -71,7 +78,7 @@ def choose(
     classes: int,
     *,
     itemsize: int,
-    made_in_blocks: bool,
+    kinds: Collection[Kind],
     explicit_mesh: bool,
 ) -> Choice:
     """How to run. A named implementation runs or raises; None leaves the choice here."""
@@ -91,14 +98,17 @@ def choose(
         return Choice(*[exactly(batch, rows)] * 2)
     if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
         return at_once(batch)
-    cpu = _CPU_MADE if made_in_blocks else _CPU
-    elsewhere = _ELSEWHERE_CHUNKED if implementation == "chunked" else None
-    elsewhere = _ELSEWHERE_MADE if made_in_blocks else elsewhere
+    cpu, elsewhere = _CPU, None
+    if implementation == "chunked":
+        cpu, elsewhere = _CPU_CHUNKED, _ELSEWHERE_CHUNKED
+    if "head" in kinds:
+        cpu = _CPU_HEAD
+    if "head" in kinds or "top_k" in kinds:
+        elsewhere = _ELSEWHERE_MADE
     return Choice(*(_blocks(batch, classes, itemsize, budget) for budget in (cpu, elsewhere)))
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:
-    """Blocks of about the budget; a batch of less than a few of the least goes at once."""
-    if budget is None or 4 * classes * math.prod(batch) <= 4 * budget.least:
+    if budget is None or 4 * classes * math.prod(batch) <= budget.at_once:
         return whole(batch)
     return fitting(batch, budget.rows(batch, classes, itemsize))
