@@ -209,7 +209,7 @@ def _drawn(count: int, log_probs: Array, keys: Array, power: Array) -> tuple[Arr
     same = indices[..., :, None] == indices[..., None, :]
     repeated = jnp.any(jnp.tril(same, -1), axis=-1)
     at = lambda z: jnp.take_along_axis(z, indices, axis=-1)  # noqa: E731
-    log_q = at(tilted) - log_sum_exp(tilted)[..., None]
+    log_p, log_q = at(log_probs), at(tilted) - log_sum_exp(tilted)[..., None]
     share = jnp.sum(same, axis=-1).astype(log_q.dtype) / count
-    log_weight = at(log_probs) - log_q + jnp.log(share)
-    return indices, jnp.where(repeated, -jnp.inf, log_weight)
+    padding = repeated | jnp.isneginf(log_p)  # the latter where no class is left to draw
+    return indices, jnp.where(padding, -jnp.inf, log_p - log_q + jnp.log(share))

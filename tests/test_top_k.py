@@ -782,6 +782,15 @@ def test_an_example_without_classes_is_zero(rng, tail):
     assert np.isfinite(gradient).all()
 
 
+def test_few_of_no_classes_are_padding(rng):
+    """Where the mask leaves none there is no best class and no sample, and the loss is 0."""
+    x, where = jnp.asarray(logits(rng)), np.arange(N)[:, None] != np.full(V, 1)
+    key = jax.random.key(0)
+    for few in (kljax.top_k(x, 3, where=where), kljax.sample_targets(key, x, 3, where=where)):
+        np.testing.assert_array_equal(np.isneginf(few.log_probs).all(-1), np.arange(N) == 1)
+        assert kljax.forward_kl(x, few, where=where)[1] == 0
+
+
 def test_the_mask_leaves_only_the_best():
     """Nothing is left for the rest, whatever the cache says of it."""
     x = jnp.array([[3.0, 2.0, 1.0, 0.0, -1.0]])
