@@ -206,5 +206,11 @@ def _prepare(
 def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
     counted = tuple(weights for _ in given.inputs)
     return _reading.assemble(
-        plan.sides, counted=counted, weights={"weights": weights}, **given._asdict()
+        plan.sides,
+        given.inputs,
+        counted,
+        given.where,
+        given.temperature,
+        given.params,
+        {"weights": weights},
     )

@@ -81,7 +81,7 @@ def read_layout(
 ) -> Layout:
     """Where batch and classes lie, from the sides that have classes; the others fit or raise."""
     shapes = {
-        argument: _shape(side)
+        argument: shape_of(side)
         for argument, side in zip(arguments, held, strict=True)
         if side.kind not in ("labels", "top_k")
     }
@@ -98,7 +98,8 @@ def read_layout(
     return layout
 
 
-def _shape(side: Held) -> tuple[int, ...]:
+def shape_of(side: Held) -> tuple[int, ...]:
+    """Batch and classes."""
     value = side.value
     if isinstance(value, HeadInput):
         return (*value.hidden.shape[:-1], value.kernel.shape[-1])
@@ -156,8 +157,8 @@ def assemble(
     """
     layout = sides.layout
     whole = tuple(
-        _expand(layout, kind, x, where, weights)
-        for kind, x, weights in zip(sides.kinds, inputs, counted, strict=True)
+        _expand(layout, kind, x, where, own)
+        for kind, x, own in zip(sides.kinds, inputs, counted, strict=True)
     )
     whole_where = None if where is None else layout.expand(where)
     whole, whole_where = _share_sharding(whole, whole_where, layout)

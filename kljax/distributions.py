@@ -1,5 +1,6 @@
 """What the user holds: distributions that say how they are represented."""
 
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,7 +23,7 @@ def _pytree(cls: type) -> type:
     names = [field.name for field in fields(cls)]
 
     def is_static(side: Any, name: str) -> bool:
-        number = isinstance(getattr(side, name), int | float)
+        number = isinstance(getattr(side, name), numbers.Real)
         return name in _STATIC or (name == "temperature" and number)
 
     def flatten(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
@@ -113,8 +114,9 @@ class Head:
     .. math:: z = c \tanh(s (h W + b) / c), \qquad p = \mathrm{softmax}(z / T)
 
     They are computed for a block of examples at a time, in float32, and so are the gradients to
-    everything here; with a reduction these are made along with the value. The gradient to the
-    kernel is accumulated in float32. Classes are on the last axis. A pytree.
+    everything here; with a reduction these are made along with the value, unless one is float16.
+    The gradient to the kernel is accumulated in float32. A loss's ``where`` takes a copy of the
+    kernel without the classes that exist nowhere. Classes are on the last axis. A pytree.
 
     Args:
         hidden: What the head is applied to, ``batch + (H,)``.
@@ -155,8 +157,9 @@ class TopK:
     - "truncate": the bare partial sum over K, which may be negative.
 
     Entries of log-probability -inf are padding; other indices are distinct. Classes that a loss's
-    ``where`` masks count as padding too, and the rest of K is not renormalised: for two sides that
-    are normalised over the same classes, take the top-k of masked logits. A pytree.
+    ``where`` masks do not exist: what is left of the targets is renormalised (not with "truncate"),
+    and if nothing is left the example gives 0. What the rest holds of such classes is not known:
+    give ``where`` to `top_k` too. A pytree.
 
     Args:
         indices: Integers, ``batch + (k,)``.

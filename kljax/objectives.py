@@ -15,7 +15,7 @@ from kljax._engine import checks, closures, rowwise
 from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice, Implementation
-from kljax._engine.representation import Operands, Spec, compute_dtype
+from kljax._engine.representation import Operands, Spec, compute_dtype, with_infinity
 from kljax._engine.rowwise import Run
 from kljax._engine.top_k import TopKInput, allowed
 from kljax._reading import Held, Sides
@@ -75,8 +75,8 @@ def distillation_loss(
     targets' gradient is stopped.
 
     Args:
-        predictions: The student: `Logits` or a bare array, `LogProbs`, `Probs`.
-        targets: The teacher, likewise; its gradient is stopped.
+        predictions: The student: `Logits` or a bare array, `LogProbs`, `Probs`, or `Head`.
+        targets: The teacher, likewise, or `TopK`; its gradient is stopped.
         labels: Integers of the batch shape, for the hard term.
         divergence: Any divergence of this library, or made by `divergence`.
         temperature: T of the soft term; None is no temperature, and T² = 1. May be traced.
@@ -160,7 +160,7 @@ def distillation_loss(
         label_weights,
         normalizer,
     )
-    pure = all(map(closures.is_pure, (divergence, *terms)))
+    pure = all(map(closures.is_pure, terms if request else (divergence,)))
     return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
 
 
@@ -311,13 +311,14 @@ def _at_one(spec: Spec, operands: Operands, temperature: Array | None) -> Array:
 
 def _assemble(setup: _Setup, batch: _Batch) -> Operands:
     """All sides on the axes of the whole input; a side counts where any term reads it."""
-    own = batch.weights if batch.label_weights is None else batch.label_weights
-    student = (batch.weights != 0) | (own != 0)
-    counted = (student, batch.weights, own)[: len(batch.inputs)]
+    counted = [batch.weights, batch.weights]
+    if "labels" in setup.sides.kinds:
+        own = batch.weights if batch.label_weights is None else batch.label_weights
+        counted = [(batch.weights != 0) | (own != 0), batch.weights, own]
     return _reading.assemble(
         setup.sides,
         batch.inputs,
-        counted,
+        tuple(counted),
         batch.where,
         batch.temperature,
         batch.params,
@@ -371,7 +372,12 @@ def _other(setup: _Setup, batch: _Batch, factor: Array) -> tuple[Array, Array, A
             normalizer=normalizer,
             axis_name=setup.axis_name,
         )
-    return loss, call(temperature=batch.temperature), call()
+    soft = call(temperature=batch.temperature)
+    if batch.temperature is None:
+        return loss, soft, soft
+    if setup.sides.kinds[1] == "top_k":  # it has only its own temperature
+        return loss, soft, jnp.where(batch.temperature == 1, soft, jnp.nan)
+    return loss, soft, call()
 
 
 def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> DistillationMetrics:
@@ -392,10 +398,11 @@ def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> Distillat
 
 def _argmax(x: Any, where: Array | None, layout: Layout) -> Array:
     if isinstance(x, TopKInput):
-        log_probs = jnp.where(allowed(x.indices, where), x.log_probs, -jnp.inf)
+        log_probs = jnp.where(allowed(x.indices, where), with_infinity(x.log_probs), -jnp.inf)
         best = jnp.argmax(log_probs, axis=-1, keepdims=True)
-        return jnp.take_along_axis(x.indices, best, axis=-1)[..., 0]
-    scores = x if where is None else jnp.where(where, x, -jnp.inf)
+        indices = jnp.broadcast_to(x.indices, log_probs.shape)
+        return jnp.take_along_axis(indices, best, axis=-1)[..., 0]
+    scores = x if where is None else jnp.where(where, with_infinity(x), -jnp.inf)
     classes_last = jnp.moveaxis(scores, layout.axis, range(-len(layout.axis), 0))
     batch = classes_last.shape[: -len(layout.axis)]
     return jnp.argmax(classes_last.reshape(*batch, -1), axis=-1).astype(jnp.int32)

@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline, _reading
 from kljax._engine import checks, rowwise
-from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice
-from kljax._engine.representation import Operands, log_probs_of
+from kljax._engine.representation import Operands, log_probs_of, with_infinity
 from kljax._engine.rowwise import Rows, Run
 from kljax._engine.top_k import log_sum_exp, marked
+from kljax._reading import Input, Sides
 from kljax.distributions import Head, Logits, TopK
 
 
@@ -39,7 +39,8 @@ def top_k(
     Units: nats.
 
     Zeros: a logit of -inf is a class of probability 0, and padding if it is among the k.
-    Gradients: to the logits and the temperature, in every mode; none to a `Head`.
+    Gradients: to the logits and the temperature, in every mode; of a `Head` none at all, to the
+    temperature neither.
 
     Args:
         logits: The teacher's, or `Logits`; classes on the last axis. Or its `Head`, whose logits
@@ -52,7 +53,8 @@ def top_k(
         A `TopK` with ``tail="bucket"``; `dataclasses.replace` gives it another tail.
 
     Raises:
-        ValueError: If k is not in [1, V], or the temperature not positive. TypeError: for a dtype.
+        ValueError: If k is not in [1, V], the temperature not positive, or the logits another kind
+            of distribution. TypeError: for a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -64,9 +66,7 @@ def top_k(
     data-processing inequality (Cover and Thomas, Elements of Information Theory, section 2.8).
     """
     teacher = _read("top_k", logits, where, temperature)
-    classes = teacher.layout.classes[0]
-    if not isinstance(k, int) or not 1 <= k <= classes:
-        checks.fail("top_k", "k", f"an int in [1, {classes}], the classes", f"{k}", "Take fewer.")
+    k = checks.require_count("top_k", "k", k, teacher.sides.layout.classes[0])
     indices, log_probs, log_tail = _few(teacher, _best, k)
     return TopK(indices, log_probs, log_tail, temperature)
 
@@ -94,7 +94,7 @@ def sample_targets(
     takes one slot; the slots left over are padding. Units: nats.
 
     Zeros: a logit of -inf is never drawn, nor a class that ``where`` masks.
-    Gradients: to the logits through p only, not through the draws; none to a `Head`.
+    Gradients: to the logits through p only, not through the draws; of a `Head` none at all.
 
     Args:
         key: A JAX random key.
@@ -108,7 +108,8 @@ def sample_targets(
         A `TopK` with ``tail="truncate"``, whose probabilities need not sum to 1.
 
     Raises:
-        ValueError: If n is not positive, or the temperature not. TypeError: for a dtype.
+        ValueError: If n or the temperature is not positive, or the logits are another kind of
+            distribution. TypeError: for a dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, kljax
@@ -121,20 +122,21 @@ def sample_targets(
     (2025), section 3.
     """
     teacher = _read("sample_targets", logits, where, temperature)
-    if not isinstance(n, int) or n < 1:
-        checks.fail("sample_targets", "n", "a positive int", f"{n}", "It counts the draws.")
+    n = checks.require_count("sample_targets", "n", n)
     power = checks.require_number("sample_targets", "proposal_power", proposal_power)
-    keys = jax.random.split(key, teacher.layout.batch)
+    keys = jax.random.split(key, teacher.sides.layout.batch)
     indices, log_weights = _few(teacher, _drawn, n, keys, power)
     return TopK(indices, log_weights, None, temperature, "truncate")
 
 
 class _Teacher(NamedTuple):
-    """A single side, on the axes of the whole input."""
+    """A single side, as the user gave it."""
 
-    layout: Layout
+    sides: Sides
     choice: Choice  # of blocks, for a head's logits
-    operands: Operands
+    value: Input
+    where: Array | None
+    temperature: Array | None
 
 
 def _read(
@@ -144,52 +146,66 @@ def _read(
     temperature: ArrayLike | None,
 ) -> _Teacher:
     held = (_reading.read(caller, "logits", logits),)
-    checks.require_logits(caller, "logits", held[0].kind)
+    checks.require_logits(caller, "logits", held[0].kind, _reading.shape_of(held[0]))
     layout = _reading.read_layout(caller, ("logits",), held, -1)
     where, temperature = _reading.read_options(caller, layout, where, temperature, held)
-    sides = _reading.sides_of(caller, ("logits",), held, layout)
     choice = _pipeline.choose_blocks(caller, layout, held, None, ())
-    given = _reading.assemble(sides, (held[0].value,), (None,), where, temperature, (), {})
-    return _Teacher(layout, choice, given)
+    sides = _reading.sides_of(caller, ("logits",), held, layout)
+    return _Teacher(sides, choice, held[0].value, where, temperature)
 
 
 def _few(teacher: _Teacher, choose: Callable[..., Any], count: int, *more: Array) -> Any:
-    """What is chosen by the log-probabilities of each example."""
-    layout, choice, operands = teacher
-    return _few_jitted(layout, choice, choose, count, (operands, more))
+    """What is chosen of each example, by its logits and log-probabilities."""
+    sides, choice, *given = teacher
+    return _few_jitted(sides, choice, choose, count, tuple(given), more)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _few_jitted(
-    layout: Layout,
+    sides: Sides,
     choice: Choice,
     choose: Callable[..., tuple[Array, ...]],
     count: int,
-    given: tuple[Operands, tuple[Array, ...]],
+    given: tuple[Any, ...],
+    more: tuple[Array, ...],
 ) -> tuple[Array, ...]:
+    layout, (value, where, temperature) = sides.layout, given
+    operands = _reading.assemble(sides, (value,), (None,), where, temperature, (), {})
+
     def of_block(given: tuple[Operands, tuple[Array, ...]]) -> Rows:
         operands, more = given
-        log_probs = log_probs_of("logits", operands, layout.axis)
-        return jnp.zeros(log_probs.shape[:-1]), choose(count, log_probs, *more)
+        (x,) = operands.inputs
+        if operands.where is not None:
+            x = jnp.where(operands.where, with_infinity(x), -jnp.inf)
+        found = choose(count, x, log_probs_of("logits", operands, layout.axis), *more)
+        return jnp.zeros(x.shape[:-1]), found  # of values there are none
 
-    operands, more = given
-    if isinstance(operands.inputs[0], Array):
-        return of_block(given)[1]
+    if isinstance(value, Array):
+        return of_block((operands, more))[1]
     leading = tuple(range(len(layout.batch)))
-    axes = _reading.batch_axes(layout, operands) + tuple(leading if x.ndim else None for x in more)
-    run = Run(of_block, layout.batch, jax.tree.structure(given), axes, *choice)
-    return rowwise.values(run, lax.stop_gradient(given))[1]
+    per_example = tuple(None if x.ndim == 0 else leading for x in more)  # keys are, a power is not
+    run = Run(
+        of_block,
+        layout.batch,
+        jax.tree.structure((operands, more)),
+        _reading.batch_axes(layout, operands) + per_example,
+        *choice,
+    )
+    return rowwise.values(run, lax.stop_gradient((operands, more)))[1]
 
 
-def _best(count: int, log_probs: Array) -> tuple[Array, Array, Array]:
+def _best(count: int, logits: Array, log_probs: Array) -> tuple[Array, Array, Array]:
     """The best classes, and the mass of the rest."""
-    indices = lax.top_k(lax.stop_gradient(log_probs), count)[1]
+    # By the logits: log-probabilities are rounded once more, and then may tie.
+    indices = lax.top_k(lax.stop_gradient(logits), count)[1]
     best = jnp.take_along_axis(log_probs, indices, axis=-1)
     outside = jnp.where(marked(indices, log_probs.shape[-1]), -jnp.inf, log_probs)
     return indices, best, log_sum_exp(outside)
 
 
-def _drawn(count: int, log_probs: Array, keys: Array, power: Array) -> tuple[Array, Array]:
+def _drawn(
+    count: int, _: Array, log_probs: Array, keys: Array, power: Array
+) -> tuple[Array, Array]:
     """Classes drawn from p to a power, and the weights that make up for it."""
     tilted = log_probs * power.astype(log_probs.dtype)
     tilted = lax.stop_gradient(jnp.where(jnp.isneginf(log_probs), -jnp.inf, tilted))
@@ -201,7 +217,7 @@ def _drawn(count: int, log_probs: Array, keys: Array, power: Array) -> tuple[Arr
     def draw(key: Array, scores: Array, m: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(key, m), scores)
 
-    for _ in log_probs.shape[:-1]:
+    for _axis in range(log_probs.ndim - 1):
         draw = jax.vmap(draw, (0, 0, None))
     # One after another: a draw takes noise of the size of the logits.
     draws = lax.map(lambda m: draw(keys, tilted, m), jnp.arange(count))

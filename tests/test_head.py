@@ -700,3 +700,34 @@ def test_nothing_is_read_at_a_masked_class(rng, bad, softcap):
         got, want = (jax.jit(step)(x, mask) for x in (spoilt, clean))
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert_close(one, np.asarray(other, np.float64))
+
+
+def test_a_bad_example_that_no_term_reads(rng):
+    """NaN in hidden states of weight 0 stays there, whatever weights labels would have."""
+    head, target = arrays(rng), rng.normal(size=(N, V)).astype(np.float32)
+    head["s.hidden"][WEIGHTS == 0] = np.nan
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def step(kernel):
+        student = kljax.Head(head["s.hidden"], kernel)
+        return kljax.distillation_loss(
+            student, target, weights=WEIGHTS, label_weights=np.ones(N, np.float32)
+        )
+
+    assert np.isfinite(step(head["s.kernel"])[0]).all()
+
+
+@pytest.mark.parametrize("implementation", ["dense", blocks()], ids=["dense", "blocks"])
+def test_the_scale_has_no_derivative_at_a_removed_class(rng, implementation):
+    """A bias of -inf removes a class at any scale, also under a target that has mass there."""
+    a = arrays(rng)
+    bias = np.where(np.arange(V) == 0, -np.inf, a["s.bias"]).astype(np.float32)
+    target = rng.normal(size=(N, V)).astype(np.float32)
+
+    def loss(scale, bias=bias, target=target):
+        head = kljax.Head(a["s.hidden"], a["s.kernel"][:, -len(bias) :], bias, scale=scale)
+        return kljax.cross_entropy(head, target, reduction="sum", implementation=implementation)
+
+    assert np.isinf(loss(0.5))
+    assert np.isfinite(jax.jit(jax.grad(loss))(0.5))

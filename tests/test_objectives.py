@@ -612,3 +612,18 @@ def test_dtype_under_x64(x64, dtype):
     assert_close(loss, want, dtype)
     assert_close(metrics.soft, want_metrics["soft"], dtype)
     assert metrics.soft.dtype == dtype
+
+
+def test_the_library_compiles_it_as_a_whole(caplog):
+    """Also outside the caller's jit: with every divergence of the library, and only once."""
+    x = jnp.linspace(0, 1, 21).reshape(3, 7)
+    for divergence in (kljax.forward_kl, kljax.reverse_kl, kljax.jensen_shannon):
+        call = partial(distillation_loss, x, x[::-1], divergence=divergence)
+        compiled = []
+        for _ in range(2):
+            caplog.clear()
+            with jax.log_compiles():
+                call()
+            compiled.append([r.getMessage() for r in caplog.records if "Compiling" in r.message])
+        assert any("_distill" in message for message in compiled[0])
+        assert not compiled[1]

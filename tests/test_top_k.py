@@ -749,9 +749,27 @@ def test_a_teacher_of_a_head_in_blocks():
     assert (gradient == 0).all(), "a head of targets is frozen"
 
 
+def test_near_ties_are_ordered_by_the_logits():
+    """Not by log-probabilities, in which they round to one number."""
+    x = jnp.zeros(30_000).at[7].set(5e-8)
+    assert kljax.top_k(x, 1).indices[0] == 7
+
+
+def test_how_many():
+    """NumPy's integers count too; bool and traced numbers do not."""
+    assert kljax.top_k(X, np.int64(2)).indices.shape == (N, 2)
+    for k in (True, 2.0, "2"):
+        with pytest.raises(ValueError, match=rf"top_k: k must be an int in \[1, {V}\].*{k}"):
+            kljax.top_k(X, k)
+    with pytest.raises(ValueError, match="n must be a positive int.*It is static"):
+        jax.jit(lambda n: kljax.sample_targets(jax.random.key(0), X, n))(2)
+    with pytest.raises(ValueError, match="top_k: logits must be an array with a class axis"):
+        kljax.top_k(jnp.float32(1), 1)
+
+
 def test_only_logits_have_best_classes():
     """Another distribution says what to pass instead."""
-    message = "top_k: logits must be logits or a Head; got LogProbs. Log-probabilities are logits"
+    message = "top_k: logits must be logits or a Head; got LogProbs. Logarithms of"
     with pytest.raises(ValueError, match=message):
         kljax.top_k(kljax.LogProbs(X), 2)
     with pytest.raises(ValueError, match="sample_targets: logits .*got Probs"):
@@ -761,6 +779,56 @@ def test_only_logits_have_best_classes():
 
 
 # --- masked classes and examples without any ---
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both"])
+def test_masked_classes_do_not_exist_for_either_side(rng, tail):
+    """With all classes kept the loss under a mask is that of the teacher's logits."""
+    x, y = logits(rng), jnp.asarray(logits(rng))
+    where = rng.uniform(size=(N, V)) > 0.4
+    every = dataclasses.replace(kljax.top_k(y, V), tail=tail)
+
+    def step(targets):
+        f = lambda x: kljax.forward_kl(x, targets, where=where)  # noqa: E731
+        return f(x), jax.grad(lambda x: f(x).sum())(x)
+
+    for got, want in zip(step(every), step(y), strict=True):
+        assert_close(got, np.asarray(want, np.float64))
+
+
+def test_a_masked_best_class_leaves_the_rest(rng):
+    """The same whether the cache knows the mass of the rest, or it is what K lacks from 1."""
+    x = jnp.array([3.0, 2.0, 1.0, 0.0, -1.0])
+    where, kept = jnp.arange(5) > 0, kljax.top_k(x, 2)
+    told, untold = (
+        kljax.forward_kl(jnp.zeros(5), dataclasses.replace(kept, log_tail=tail), where=where)
+        for tail in (kept.log_tail, None)
+    )
+    p = np.exp(np.float64(x))[1:] / np.exp(np.float64(x))[1:].sum()
+    two = np.array([p[0], p[1:].sum()])
+    assert_close(told, two @ np.log(two / [0.25, 0.75]))
+    assert_close(untold, np.float64(told))
+
+
+def test_nothing_left_of_the_teacher_is_zero(rng):
+    """Though the predictions have classes left."""
+    x, where = jnp.asarray(logits(rng)), np.arange(V) > 0
+    kept = kljax.TopK(np.zeros((N, 1), int), np.zeros((N, 1), np.float32), tail="renormalize")
+    f = lambda x: kljax.forward_kl(x, kept, where=where)  # noqa: E731
+    assert (f(x) == 0).all()
+    assert (jax.grad(lambda x: f(x).sum())(x) == 0).all()
+    _, metrics = kljax.distillation_loss(x, kljax.top_k(x, 2), where=np.zeros((N, V), bool))
+    assert metrics.soft == metrics.teacher_entropy == 0
+
+
+def test_one_top_k_for_all_beside_a_mask_of_each(rng):
+    """A shared teacher, with its metrics, under a mask that differs from example to example."""
+    x, y = jnp.asarray(logits(rng)), jnp.asarray(logits(rng, V))
+    where = rng.uniform(size=(N, V)) > 0.3
+    one = kljax.top_k(y, 3)
+    each = jax.tree.map(lambda z: jnp.broadcast_to(z, (N, *z.shape)), one)
+    got, want = (kljax.distillation_loss(x, teacher, where=where) for teacher in (one, each))
+    assert_close(jax.tree.leaves(got), jax.tree.leaves(want))
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both", "truncate"])
@@ -820,6 +888,26 @@ def test_metrics_of_distillation_from_the_best():
     assert np.isfinite(warm.soft)
     _, plain = kljax.distillation_loss(x, kljax.top_k(x, 4))
     assert_close(plain.teacher_entropy, kljax.entropy(x)[0])
+
+
+def test_any_function_as_divergence_of_a_tempered_top_k(rng):
+    """Its metric at T = 1 is NaN, as with the library's own."""
+    x, kept = jnp.asarray(logits(rng)), kljax.top_k(jnp.asarray(logits(rng)), 3, temperature=2.0)
+
+    def both(s, t, **options):
+        return (kljax.forward_kl(s, t, **options) + kljax.reverse_kl(s, t, **options)) / 2
+
+    loss, metrics = kljax.distillation_loss(x, kept, divergence=both, temperature=2.0)
+    assert_close(loss, np.float64(4 * both(x, kept, temperature=2.0, reduction="mean")))
+    assert np.isnan(metrics.divergence)
+
+
+def test_agreement_of_8_bit_logits():
+    """They have no -inf: a masked class is not the best for it."""
+    x = jnp.array([[1.0, 3.0, 2.0], [1.0, 2.0, 3.0]], jnp.float8_e4m3fn)
+    where = jnp.array([False, True, True])
+    _, metrics = kljax.distillation_loss(x, x[::-1], where=where)
+    assert metrics.agreement == 0
 
 
 def test_a_temperature_that_is_a_number_is_not_mapped(rng):

@@ -1,8 +1,9 @@
 """The only place that raises on input.
 
 Shapes, dtypes and options raise at trace time. What would otherwise broadcast silently raises
-directly; the rest goes through chex and obeys `chex.disable_asserts`. Values are checked by
-`checkify.debug_check`, which costs nothing unless the user wraps the function in checkify.
+directly; the rest goes through chex and obeys `chex.disable_asserts`. What can only be known of
+values, of traced options here and of arrays in `value_checks`, goes through `checkify.debug_check`,
+which costs nothing unless the user wraps the function in checkify.
 """
 
 import numbers
@@ -74,7 +75,7 @@ def require_choice(
 
 def require_axis_name(caller: str, axis_name: Any) -> None:
     if isinstance(axis_name, list):
-        remedy = "It is static."
+        remedy = "Make it a tuple."
         fail(caller, "axis_name", "a name or a tuple of names", f"{axis_name}", remedy)
 
 
@@ -228,10 +229,24 @@ def require_no_top_k(caller: str, argument: str, kind: str) -> None:
         fail(caller, argument, "a whole distribution", "TopK", remedy)
 
 
-def require_logits(caller: str, argument: str, kind: str) -> None:
+def require_logits(caller: str, argument: str, kind: str, shape: Shape) -> None:
     if kind not in ("logits", "head"):
         got = {"log_probs": "LogProbs", "probs": "Probs", "top_k": "TopK"}[kind]
-        fail(caller, argument, "logits or a Head", got, "Log-probabilities are logits: pass them.")
+        remedy = "Logarithms of probabilities are logits: pass those."
+        fail(caller, argument, "logits or a Head", got, remedy)
+    if not shape:
+        fail(caller, argument, "an array with a class axis", "a scalar", "Classes come last.")
+
+
+def require_count(caller: str, argument: str, value: Any, classes: int | None = None) -> int:
+    """How many classes to keep or draw: the size of a result."""
+    expected = "a positive int" if classes is None else f"an int in [1, {classes}], the classes"
+    count = 0
+    if not isinstance(value, bool | Tracer) and hasattr(value, "__index__"):
+        count = operator.index(value)
+    if count < 1 or (classes is not None and count > classes):
+        fail(caller, argument, expected, f"{value}", "It is static, the size of the result.")
+    return count
 
 
 def require_arrays(caller: str, argument: str, kind: str) -> None:
@@ -257,7 +272,7 @@ def require_tail(caller: str, tail: str) -> None:
 def require_same_temperature(caller: str, taken_at: Any, temperature: Any) -> None:
     """A cached top-k cannot be given another temperature than it was taken at."""
     one, other = (1.0 if value is None else value for value in (taken_at, temperature))
-    expected = f"{taken_at}, which the top-k was taken at"
+    expected = f"the {taken_at} that the top-k was taken at"
     remedy = "A cached top-k cannot be given another: take it anew with top_k(…, temperature=…)."
     if _is_static(one) and _is_static(other):
         if not np.array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32)):

@@ -33,12 +33,12 @@ _MIB = 2**20
 
 
 class _Budget(NamedTuple):
-    """Bytes of float32 logits in one block: a share of one input's, between bounds."""
+    """Bytes of float32 logits in one block, and in a batch that is not cut."""
 
-    share: float
+    share: float  # of the bytes of the narrowest logits array: what a block takes beside it
     least: int
     most: int
-    at_once: int  # so many are one block
+    at_once: int
     least_rows: int = 1
 
     def rows(self, batch: tuple[int, ...], classes: int, itemsize: int) -> int:

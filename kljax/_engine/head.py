@@ -88,7 +88,7 @@ def _logits(head: HeadInput) -> tuple[Array, _Parts]:
 
 
 def _scaled(raw: Array, scale: Array) -> Array:
-    """raw · scale, where a class that a bias of -inf removes stays so, and has no derivative."""
+    """raw · scale, where what is infinite, as by a bias of -inf, stays so: no derivative."""
     infinite = jnp.isinf(raw)
     return jnp.where(infinite, raw, jnp.where(infinite, 0, raw) * scale)
 
@@ -105,7 +105,7 @@ def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Arr
         "hidden": lambda: _dot(head, ct, head.kernel, "...v,hv->...h"),
         "kernel": lambda: _dot(head, parts.hidden, ct, "...h,...v->hv"),
         "bias": lambda: jnp.sum(ct, axis=tuple(range(ct.ndim - 1))),
-        "scale": lambda: jnp.sum(jnp.where(to_scaled == 0, 0, to_scaled * parts.raw)),
+        "scale": lambda: jnp.sum(jnp.where(jnp.isinf(parts.raw), 0, to_scaled * parts.raw)),
         "live": lambda: jnp.zeros(()),  # bool: it never moves
     }
     present = [name for name in makers if getattr(head, name) is not None]

@@ -115,6 +115,11 @@ def log_probs_of(kind: Kind, operands: Operands, axis: tuple[int, ...]) -> Array
     return _side(kind, x, operands, axis, x.shape, compute_dtype(x)).log_probs
 
 
+def with_infinity(x: Array) -> Array:
+    """In a dtype that has an infinity, as some 8-bit floats have not."""
+    return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
+
+
 def to_input(kind: Kind, slope: Array, x: Array) -> Array:
     """The derivative to the input itself, from the derivative to its logarithm."""
     if kind != "probs":
@@ -134,8 +139,7 @@ def _side(
 ) -> Side:
     if kind == "labels":
         return _one_hot(x, operands.where, axis, shape, dtype)
-    if x.dtype.itemsize == 1:
-        x = x.astype(dtype)  # some 8-bit floats have no infinity
+    x = with_infinity(x)
     least = 0 if kind == "probs" else -jnp.inf
     if operands.where is not None:
         x = jnp.where(operands.where, x, least)

@@ -1,9 +1,9 @@
 """Any loss that is a sum over examples, block by block, with its derivatives.
 
 In reverse mode the sum's gradient is made together with its value, while a block is at hand; of
-one value per example it is made again, block by block, once the cotangents are known. In forward
-mode the tangents go through the blocks. No array of the size of the logits is ever stored but the
-gradient itself.
+one value per example, or to float16, it is made once the cotangents are known, block by block.
+In forward mode the tangents go through the blocks. No array of the size of the logits is ever
+stored but the gradient itself.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,7 @@ def total(run: Run, operands: Tree) -> Rows:
     if run.single:
         each, seen = _watched(run.function(head.project(operands)))
         return jnp.sum(each), seen
-    leaves = _aligned(operands)
-    if any(x.dtype == jnp.float16 for x in leaves):
-        # Its gradient must know the cotangent, a loss scale, before it is rounded to so few bits.
-        each, seen = _values(run, leaves)
-        return jnp.sum(each), seen
-    return _total(run, leaves)
+    return _total(run, _aligned(operands))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -98,8 +93,13 @@ def _total(run: Run, leaves: Leaves) -> Rows:
 def _total_jvp(run: Run, primals: tuple[Leaves], tangents: tuple[list[Any]]) -> tuple[Rows, Rows]:
     (leaves,), (dots,) = primals, tangents
     moving = _moving(dots)
-    value, seen, gradient = _total_with_gradient(run, moving, leaves)
     steps = [dots[i] for i in moving]
+    if any(x.dtype == jnp.float16 for x in steps):
+        # Its gradient must know the cotangent, a loss scale, before it is rounded to so few bits.
+        value, seen = _total(run, leaves)
+        value_dot = jnp.sum(linear.call(_along_values(run, moving), leaves, steps))
+        return (value, seen), (value_dot, tuple(map(jnp.zeros_like, seen)))
+    value, seen, gradient = _total_with_gradient(run, moving, leaves)
     value_dot = linear.call(_along_total(run, moving), (leaves, gradient), steps)
     return (value, seen), (value_dot, tuple(map(jnp.zeros_like, seen)))
 

@@ -37,7 +37,6 @@ class _Seen(NamedTuple):
 
     best: Array
     rest: Array
-    all_taken: Array | bool = False  # no class is left for the rest
 
 
 def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
@@ -46,53 +45,58 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
         return spec, operands
     *others, given = operands.inputs
     assert spec.kinds[-1] == "top_k"
-    classes = given.log_probs.ndim - 1
-    dtype = compute_dtype(operands.inputs)
-    best = _unless_dead(given.log_probs, operands.scale).astype(dtype)
-    valid = ~jnp.isneginf(best)
-    sides = []
+    classes, where = given.log_probs.ndim - 1, operands.where
+    wholes = [] if where is None else [where]
     if others:
-        others = [_unless_dead(x, operands.scale) for x in others]
-        seen_by = operands._replace(inputs=tuple(others))
-        log_probs = log_probs_of(spec.kinds[0], seen_by, spec.axis)
-        batch = jnp.broadcast_shapes(log_probs.shape[:-1], best.shape[:-1])
-        log_probs = jnp.broadcast_to(log_probs, (*batch, log_probs.shape[-1]))
-        indices, best = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (given.indices, best))
-        valid = jnp.broadcast_to(valid, best.shape) & allowed(indices, operands.where)
-        sides.append(_split(log_probs, indices, valid, operands.where))
-    else:
-        valid &= allowed(given.indices, operands.where)
-    best = jnp.where(valid, best, -jnp.inf)
-    all_taken = sides[0].all_taken if sides else False
-    sides.append(_Seen(best, _rest(given.log_tail, best, all_taken)))
-    inputs = tuple(_on_few_classes(sides, given.tail))
+        seen_by = operands._replace(inputs=(_unless_dead(others[0], operands.scale),))
+        wholes.insert(0, log_probs_of(spec.kinds[0], seen_by, spec.axis))
+    best = _unless_dead(given.log_probs, operands.scale).astype(compute_dtype(operands.inputs))
+    few = given.indices, best, allowed(given.indices, where)
+    batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (*few, *wholes)))
+    indices, best, exists = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in few)
+    given_mass = ~jnp.isneginf(best)
+    valid, lost = given_mass & exists, jnp.any(given_mass & ~exists, axis=-1)
+
+    sides, all_taken = [], jnp.zeros(batch, bool)
+    if wholes:
+        count = wholes[0].shape[-1]
+        places = jnp.where(valid & _inside(indices, count), indices, count)  # one past: dropped
+        taken = marked(places, count)
+        all_taken = ~jnp.any(~taken if where is None else where & ~taken, axis=-1)
+        sides = [_split(x, indices, valid, taken) for x in wholes[: len(others)]]
+    log_tail = given.log_tail
+    if log_tail is not None:
+        log_tail = _unless_dead(log_tail[..., None], operands.scale)[..., 0]
+    rest = _rest(log_tail, best, all_taken)
+    sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
+    inputs = _on_few_classes(sides, given.tail, lost)
     kinds = ("log_probs",) * len(inputs)
-    few = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
-    return few, operands._replace(inputs=inputs, where=None, temperature=None)
+    few_spec = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
+    return few_spec, operands._replace(inputs=tuple(inputs), where=None, temperature=None)
 
 
-def _split(log_probs: Array, indices: Array, valid: Array, where: Array | None) -> _Seen:
+def _split(log_probs: Array, indices: Array, valid: Array, taken: Array) -> _Seen:
     """The predictions at the k classes, and what they hold elsewhere."""
-    classes = log_probs.shape[-1]
-    inside = (indices >= 0) & (indices < classes)
-    places = jnp.where(valid & inside, indices, classes)  # one past the end: dropped
+    log_probs = jnp.broadcast_to(log_probs, taken.shape)
+    inside = _inside(indices, taken.shape[-1])
     best = jnp.take_along_axis(log_probs, jnp.where(valid & inside, indices, 0), axis=-1)
     best = jnp.where(inside, best, jnp.nan)
-    best = jnp.where(valid, best, -jnp.inf)
-    taken = marked(places, classes)
-    left = ~taken if where is None else where & ~taken
-    outside = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
-    return _Seen(best, outside, ~jnp.any(left, axis=-1))
+    rest = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
+    return _Seen(jnp.where(valid, best, -jnp.inf), rest)
 
 
 def allowed(indices: Array, where: Array | None) -> Array:
     """Whether `where` lets each class be; one out of range stays, to give NaN."""
     if where is None:
         return jnp.ones(indices.shape, bool)
-    classes = where.shape[-1]
-    inside = (indices >= 0) & (indices < classes)
-    where = jnp.broadcast_to(where, (*indices.shape[:-1], classes))
+    batch = jnp.broadcast_shapes(indices.shape[:-1], where.shape[:-1])
+    indices, where = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (indices, where))
+    inside = _inside(indices, where.shape[-1])
     return ~inside | jnp.take_along_axis(where, jnp.where(inside, indices, 0), axis=-1)
+
+
+def _inside(indices: Array, classes: int) -> Array:
+    return (indices >= 0) & (indices < classes)
 
 
 def marked(indices: Array, classes: int) -> Array:
@@ -109,31 +113,42 @@ def marked(indices: Array, classes: int) -> Array:
     return one(indices)
 
 
-def _rest(log_tail: Array | None, best: Array, all_taken: Array | bool) -> Array:
+def _rest(log_tail: Array | None, best: Array, all_taken: Array) -> Array:
     """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
-    none_left = jnp.asarray(all_taken)
     if log_tail is not None:
-        return jnp.where(none_left, -jnp.inf, log_tail.astype(best.dtype))
+        given = jnp.broadcast_to(log_tail.astype(best.dtype), best.shape[:-1])
+        return jnp.where(all_taken, -jnp.inf, given)
     mass = log_sum_exp(best)
-    lacking = (mass < 0) & ~none_left
+    lacking = (mass < 0) & ~all_taken
     return jnp.where(lacking, _log1mexp(jnp.where(lacking, mass, -1)), -jnp.inf)
 
 
-def _on_few_classes(sides: list[_Seen], tail: Tail) -> list[Array]:
-    if tail == "renormalize":
-        best = _renormalized(sides[-1].best)
-        sides = [*sides[:-1], _Seen(best, jnp.full_like(best[..., 0], -jnp.inf))]
-    if tail == "renormalize_both":
-        return [_renormalized(side.best) for side in sides]
+def _on_few_classes(sides: list[_Seen], tail: Tail, lost: Array) -> list[Array]:
+    """Every side on K and, in a bucket, the rest.
+
+    Where `lost` says that K has classes that do not exist, what is left of the teacher is all
+    there is, as it is with whole arrays.
+    """
+    *others, teacher = sides
     if tail == "truncate":
         return [side.best for side in sides]
-    return [jnp.concatenate([side.best, side.rest[..., None]], axis=-1) for side in sides]
+    if tail == "renormalize_both":
+        few = [_renormalized(side.best) for side in sides]
+    else:
+        if tail == "renormalize":
+            teacher = _Seen(_renormalized(teacher.best), jnp.full_like(teacher.rest, -jnp.inf))
+        few = [jnp.concatenate([x.best, x.rest[..., None]], axis=-1) for x in (*others, teacher)]
+        lost = lost[..., None]  # of the others not even derivatives may see the sum
+        few[-1] = jnp.where(lost, _renormalized(jnp.where(lost, few[-1], 0)), few[-1])
+    # A teacher of which nothing is left is an example without classes.
+    none = jnp.all(jnp.isneginf(few[-1]), axis=-1, keepdims=True)
+    return [jnp.where(none, -jnp.inf, side) for side in few]
 
 
-def _renormalized(best: Array) -> Array:
-    """The k classes alone; where none is left, nothing."""
-    mass = log_sum_exp(best)
-    return best - jnp.where(jnp.isneginf(mass), 0, mass)[..., None]
+def _renormalized(log_probs: Array) -> Array:
+    """These classes alone; where none is left, nothing."""
+    mass = log_sum_exp(log_probs)
+    return log_probs - jnp.where(jnp.isneginf(mass), 0, mass)[..., None]
 
 
 def _unless_dead(x: Array, scale: Array | None) -> Array:
