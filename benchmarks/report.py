@@ -227,6 +227,8 @@ def _figure(make: Any, panels: Panels, x: str, y: str) -> Any:
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=90, fontsize=8)
         axes.minorticks_off()
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))  # also within one decade
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=8)
     return figure

@@ -523,6 +523,18 @@ def test_the_count_sees_a_gathered_batch():
 # --- the option ---
 
 
+def test_a_small_batch_goes_at_once_unless_it_is_named():
+    """Blocks cost time there, so that they are taken only where they are asked for."""
+    x = jax.ShapeDtypeStruct((256, 4096), np.float32)
+    size = {
+        name: temporary_bytes(
+            jax.grad(partial(kljax.forward_kl, reduction="mean", implementation=name)), x, x
+        )
+        for name in (None, "dense", "chunked")
+    }
+    assert size[None] == size["dense"] > 4 * size["chunked"]
+
+
 def test_the_option():
     """Chunked is a value, equal and hashable; what is not an implementation says so."""
     assert kljax.Chunked(rows=4) == kljax.Chunked(rows=4) != kljax.Chunked(rows=5)

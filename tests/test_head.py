@@ -731,3 +731,16 @@ def test_the_scale_has_no_derivative_at_a_removed_class(rng, implementation):
 
     assert np.isinf(loss(0.5))
     assert np.isfinite(jax.jit(jax.grad(loss))(0.5))
+
+
+def test_a_bad_example_that_only_its_label_counts(rng):
+    """NaN in its hidden states shows in the hard term, and not in the soft one."""
+    a, target = arrays(rng), rng.normal(size=(N, V)).astype(np.float32)
+    a["s.hidden"][0] = np.nan
+    student = kljax.Head(a["s.hidden"], a["s.kernel"])
+    weights = np.where(np.arange(N) == 0, 0, 1).astype(np.float32)
+    _, metrics = kljax.distillation_loss(
+        student, target, np.zeros(N, int), weights=weights, label_weights=np.ones(N, np.float32)
+    )
+    assert np.isnan(metrics.hard)
+    assert np.isfinite(metrics.soft)

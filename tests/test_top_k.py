@@ -405,6 +405,21 @@ def test_temperature_is_that_of_the_targets(rng):
     assert_close(passed(targets), want(2.0))
 
 
+# --- memory ---
+
+
+def test_temporary_memory_beside_logits():
+    """A top-k teacher costs no more than a whole one: below 0.15 of the predictions."""
+    x = jax.ShapeDtypeStruct((1024, 8192), np.float32)
+    indices, log_probs = (jax.ShapeDtypeStruct((1024, 16), d) for d in (np.int32, np.float32))
+
+    def loss(x, indices, log_probs):
+        return kljax.forward_kl(x, kljax.TopK(indices, log_probs), reduction="mean")
+
+    compiled = jax.jit(jax.grad(loss)).lower(x, indices, log_probs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.15 * 4 * 1024 * 8192
+
+
 # --- transforms ---
 
 
