@@ -58,21 +58,23 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     valid, lost = given_mass & exists, jnp.any(given_mass & ~exists, axis=-1)
 
     sides, all_taken = [], jnp.zeros(batch, bool)
-    if wholes:
-        count = wholes[0].shape[-1]
-        places = jnp.where(valid & _inside(indices, count), indices, count)  # one past: dropped
-        taken = marked(places, count)
-        all_taken = ~jnp.any(~taken if where is None else where & ~taken, axis=-1)
+    if wholes:  # else what classes there are is not known
+        taken, all_taken = _taken(indices, valid, where, wholes[0].shape[-1])
         sides = [_split(x, indices, valid, taken) for x in wholes[: len(others)]]
-    log_tail = given.log_tail
-    if log_tail is not None:
-        log_tail = _unless_dead(log_tail[..., None], operands.scale)[..., 0]
-    rest = _rest(log_tail, best, all_taken)
+    rest = _rest(given.log_tail, best, all_taken, operands.scale)
     sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
     inputs = _on_few_classes(sides, given.tail, lost)
     kinds = ("log_probs",) * len(inputs)
     few_spec = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
     return few_spec, operands._replace(inputs=tuple(inputs), where=None, temperature=None)
+
+
+def _taken(indices: Array, valid: Array, where: Array | None, classes: int) -> tuple[Array, Array]:
+    """Which classes are K, and whether none is left for the rest."""
+    places = jnp.where(valid & _inside(indices, classes), indices, classes)  # one past: dropped
+    taken = marked(places, classes)
+    left = ~taken if where is None else where & ~taken
+    return taken, ~jnp.any(left, axis=-1)
 
 
 def _split(log_probs: Array, indices: Array, valid: Array, taken: Array) -> _Seen:
@@ -113,11 +115,11 @@ def marked(indices: Array, classes: int) -> Array:
     return one(indices)
 
 
-def _rest(log_tail: Array | None, best: Array, all_taken: Array) -> Array:
+def _rest(log_tail: Array | None, best: Array, all_taken: Array, scale: Array | None) -> Array:
     """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
     if log_tail is not None:
-        given = jnp.broadcast_to(log_tail.astype(best.dtype), best.shape[:-1])
-        return jnp.where(all_taken, -jnp.inf, given)
+        given = _unless_dead(log_tail[..., None], scale)[..., 0].astype(best.dtype)
+        return jnp.where(all_taken, -jnp.inf, jnp.broadcast_to(given, best.shape[:-1]))
     mass = log_sum_exp(best)
     lacking = (mass < 0) & ~all_taken
     return jnp.where(lacking, _log1mexp(jnp.where(lacking, mass, -1)), -jnp.inf)
