@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden.make import cotangent
+from jax.experimental import checkify
 
 # A few hundred roundings of the dtype: every test here sums at most some thousand classes.
 _TOLERANCES = {
@@ -26,6 +27,12 @@ def tol(dtype) -> dict[str, float]:
 def assert_close(got, want, dtype=np.float32) -> None:
     """Equal within the dtype's tolerance, NaN and infinities in the same places."""
     np.testing.assert_allclose(np.asarray(got, np.float64), want, **tol(dtype))
+
+
+def report(f, *args) -> str | None:
+    """What the value checks say of f(*args), if anything."""
+    error, _ = checkify.checkify(f, errors=checkify.user_checks)(*args)
+    return error.get()
 
 
 def goldens(system: str) -> list[dict]:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import tol
-from jax.experimental import checkify
+from helpers import report, tol
 
 import kljax
 from kljax import LogProbs, Probs
@@ -43,12 +42,6 @@ def log(probs):
     """Return log-probabilities as a careful user takes them: log 0 = -inf, without a warning."""
     with np.errstate(divide="ignore"):
         return np.log(probs)
-
-
-def report(f, *args):
-    """Return what the value checks say about f(*args), or None."""
-    error, _ = checkify.checkify(f, errors=checkify.user_checks)(*args)
-    return error.get()
 
 
 def torch_kl_div(case):

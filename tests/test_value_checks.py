@@ -4,19 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
+from helpers import report
 
 import kljax
 
 LOGITS = jnp.array([[1.0, 2.0, -1.0], [0.3, 0.2, 4.0]])
 PROBS = jax.nn.softmax(LOGITS)
 LOG_PROBS = jax.nn.log_softmax(LOGITS)
-
-
-def report(f, *args):
-    """What checkify says of a call: None, or the message."""
-    error, _ = checkify.checkify(f, errors=checkify.user_checks)(*args)
-    return error.get()
 
 
 def traced(f, value):

@@ -80,8 +80,7 @@ def exactly(batch: tuple[int, ...], rows: int) -> Blocks:
 def block_shapes(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> set[tuple[int, ...]]:
     """The shapes that the blocks of an array have, and that of the rest."""
     ks = [0] if blocks.rest is None else [0, None]
-    cuts = (_split(blocks, shape, axes, k) for k in ks)
-    return {_squeeze(full, size, shape) for full, _, size in cuts}
+    return {_slice(blocks, shape, axes, k).shape for k in ks}
 
 
 def sweep(
@@ -109,7 +108,7 @@ def sweep(
     sums = [zeros(s.shape, s.dtype) for s in shapes[0]]
     wholes = [_full_shape(blocks, s.shape, a) for s, a in zip(shapes[1], out_axes, strict=True)]
     rows = [
-        zeros(_split(blocks, whole, a, None)[0], _stored(s.dtype))
+        zeros(_slice(blocks, whole, a, None).full, _stored(s.dtype))
         for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
@@ -162,35 +161,51 @@ def _tied(leaves: Sequence[Array], axes: Sequence[Axes], k: Array) -> list[Array
 _REST = None  # in place of a block's number: the rows that no block takes
 
 
-def _split(
-    blocks: Blocks, shape: tuple[int, ...], axes: Axes, k: Array | int | None
-) -> tuple[tuple[int, ...], list[Any], tuple[int, ...]]:
-    """The shape in which block k is a slice, where that slice starts, and its sizes."""
+class _Slice(NamedTuple):
+    """Block k of an array: a slice of the array reshaped, itself reshaped to the block's shape."""
+
+    full: tuple[int, ...]  # to what the array is reshaped
+    start: list[Array]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]  # of the block
+
+
+def _slice(blocks: Blocks, shape: tuple[int, ...], axes: Axes, k: Array | int | None) -> _Slice:
     numbers = dict(zip(axes or (), range(len(blocks.batch)), strict=True))
-    number = None if k is None else jnp.unravel_index(k, blocks.counts)
-    full, start, size = [], [], []
-    for position, n in enumerate(shape):
-        i = numbers.get(position)
-        if i is None or n != blocks.batch[i] or blocks.extents[i] == n:
-            full, start, size = [*full, n], [*start, 0], [*size, n]
-            continue
-        extent, count = blocks.extents[i], blocks.counts[i]
-        if blocks.rest is not None and blocks.rest[0] == i:
-            left = blocks.rest[1]
-            at, take = (n - left, left) if number is None else (number[i] * extent, extent)
-            full, start, size = [*full, n], [*start, at], [*size, take]
-        elif number is None:
-            full, start, size = [*full, extent, count], [*start, 0, 0], [*size, extent, count]
-        else:
-            full, start, size = [*full, extent, count], [*start, 0, number[i]], [*size, extent, 1]
-    return tuple(full), [jnp.asarray(at, jnp.int32) for at in start], tuple(size)
+    at = None if k is None else jnp.unravel_index(k, blocks.counts)
+    cuts = [_cut(blocks, n, numbers.get(position), at) for position, n in enumerate(shape)]
+    full, start, size = (sum(parts, ()) for parts in zip(*cuts, strict=True)) if cuts else ((),) * 3
+    block = tuple(math.prod(size) for _, _, size in cuts)
+    return _Slice(full, [jnp.asarray(i, jnp.int32) for i in start], size, block)
+
+
+def _cut(
+    blocks: Blocks, n: int, axis: int | None, at: Sequence[Any] | None
+) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[int, ...]]:
+    """What becomes of one dimension of n: the shape it is given, where the slice starts, its size.
+
+    Args:
+        axis: Which axis of the batch this is, if it is one.
+        at: The block's number along each axis of the batch; None for the rest.
+    """
+    if axis is None or n != blocks.batch[axis] or blocks.extents[axis] == n:
+        return (n,), (0,), (n,)
+    extent, count = blocks.extents[axis], blocks.counts[axis]
+    if blocks.rest is not None and blocks.rest[0] == axis:
+        left = blocks.rest[1]
+        return (
+            ((n,), (n - left,), (left,)) if at is None else ((n,), (at[axis] * extent,), (extent,))
+        )
+    if at is None:
+        return (extent, count), (0, 0), (extent, count)
+    return (extent, count), (0, at[axis]), (extent, 1)
 
 
 def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:
     if axes is None:
         return x
-    full, start, size = _split(blocks, x.shape, axes, k)
-    return lax.dynamic_slice(x.reshape(full), start, size).reshape(_squeeze(full, size, x.shape))
+    cut = _slice(blocks, x.shape, axes, k)
+    return lax.dynamic_slice(x.reshape(cut.full), cut.start, cut.size).reshape(cut.shape)
 
 
 def _write(
@@ -201,24 +216,9 @@ def _write(
     axes: Axes,
     k: Array | int | None,
 ) -> Array:
-    """Put a block into x, which is held as `_split` cuts it: to reshape it here would copy it."""
-    full, start, size = _split(blocks, shape, axes, k)
-    return lax.dynamic_update_slice(x, _as_stored(block, x.dtype).reshape(size), start)
-
-
-def _squeeze(
-    full: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The sizes without the axis that splitting has added."""
-    sizes, block = list(size), []
-    remaining = list(full)
-    for n in shape:
-        taken, got = remaining.pop(0), sizes.pop(0)
-        if taken != n:
-            remaining.pop(0)
-            got *= sizes.pop(0)
-        block.append(got)
-    return tuple(block)
+    """Put a block into x, which is held as `_slice` cuts it: to reshape it here would copy it."""
+    cut = _slice(blocks, shape, axes, k)
+    return lax.dynamic_update_slice(x, _as_stored(block, x.dtype).reshape(cut.size), cut.start)
 
 
 def _full_shape(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
@@ -267,15 +267,14 @@ def _rescale(blocks: Blocks, axes: Axes, x: Array, factor: Array) -> Array:
     @jax.custom_batching.custom_vmap
     def in_place(x: Array, factor: Array) -> Array:
         whole = x.shape
-        split = _split(blocks, whole, axes, None)[0]
 
         def step(k: Any, x: Array) -> Array:
-            _, start, size = _split(blocks, whole, axes, k)
-            block = lax.dynamic_slice(x, start, size)
-            return lax.dynamic_update_slice(x, times(factor, block), start)
+            cut = _slice(blocks, whole, axes, k)
+            block = lax.dynamic_slice(x, cut.start, cut.size)
+            return lax.dynamic_update_slice(x, times(factor, block), cut.start)
 
         turns = jnp.where(factor == 1, 0, math.prod(blocks.counts))
-        x = lax.fori_loop(0, turns, step, x.reshape(split))
+        x = lax.fori_loop(0, turns, step, x.reshape(_slice(blocks, whole, axes, None).full))
         if blocks.rest is not None:
             x = step(_REST, x)
         return x.reshape(whole)

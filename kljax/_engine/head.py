@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 Tree = Any
 
@@ -103,7 +103,7 @@ def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Arr
         ct = ct * head.scale.astype(dtype)
     makers = {
         "hidden": lambda: _dot(head, ct, head.kernel, "...v,hv->...h"),
-        "kernel": lambda: _dot(head, parts.hidden, ct, "...h,...v->hv"),
+        "kernel": lambda: _dot(head, _features_first(parts.hidden), ct, "h...,...v->hv"),
         "bias": lambda: jnp.sum(ct, axis=tuple(range(ct.ndim - 1))),
         "scale": lambda: jnp.sum(jnp.where(jnp.isinf(parts.raw), 0, to_scaled * parts.raw)),
         "live": lambda: jnp.zeros(()),  # bool: it never moves
@@ -118,6 +118,12 @@ def _dot(head: HeadInput, a: Array, b: Array, subscripts: str) -> Array:
     narrow = head.hidden.dtype == head.kernel.dtype == jnp.bfloat16
     factors = (x.astype(jnp.bfloat16 if narrow else wide) for x in (a, b))
     return jnp.einsum(subscripts, *factors, preferred_element_type=wide)
+
+
+def _features_first(hidden: Array) -> Array:
+    """Transposed, and on CPU stored so: a product that must transpose a factor is slower there."""
+    hidden = jnp.moveaxis(hidden, -1, 0)
+    return lax.platform_dependent(hidden, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def compute_dtype(head: HeadInput) -> jnp.dtype:
