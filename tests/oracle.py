@@ -512,3 +512,15 @@ def forward_kl_exact(x: Any, y: Any, digits: int = 40) -> float:
         x_sum, y_sum = mpmath.fsum(x_exp), mpmath.fsum(y_exp)
         mean = mpmath.fdot(y_exp, [b - a for a, b in zip(xs, ys, strict=True)]) / y_sum
         return float(mean - (y_top + mpmath.log(y_sum) - x_top - mpmath.log(x_sum)))
+
+
+def jensen_shannon_term_exact(
+    log_a: float, ratio: float, w: float, digits: int = 40
+) -> tuple[float, float]:
+    """Return w a log(a/m) + (1 - w) b log(b/m) for b = a e^ratio, and its derivative to log b."""
+    with mpmath.workdps(digits):
+        log_a, ratio, w = (mpmath.mpf(float(v)) for v in (log_a, ratio, w))
+        a, b = mpmath.exp(log_a), mpmath.exp(log_a + ratio)
+        m = w * a + (1 - w) * b
+        from_b = (1 - w) * b * mpmath.log(b / m)
+        return float(w * a * mpmath.log(a / m) + from_b), float(from_b)

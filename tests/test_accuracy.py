@@ -10,6 +10,7 @@ import pytest
 from helpers import assert_close, tol
 
 import kljax
+from kljax._engine.terms import term_jensen_shannon
 
 NON_NEGATIVE = [
     "forward_kl",
@@ -53,6 +54,24 @@ def test_the_reference_itself_is_exact(rng):
     y = (x + rng.normal(size=2000) * 1e-4).astype(np.float32)
     want = oracle.forward_kl_exact(x, y)
     assert abs(_forward_kl_in_long_double(x, y)[0] / want - 1) < 1e-9
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.usefixtures("x64")
+def test_each_jensen_shannon_term(dtype, weight):
+    """A few roundings at any ratio of the two sides: the series meet the formula seamlessly."""
+    close, far = 10.0 ** np.arange(-9, -1), np.concatenate([np.arange(0.05, 3, 0.05), [8.0, 30.0]])
+    ratio = np.concatenate([-far, -close, close, far]).astype(dtype)
+    weight, log_a = dtype(weight), np.full_like(ratio, -4.0)
+
+    def term(log_b):
+        return term_jensen_shannon(log_a, log_b, weight, ratio)
+
+    got = jax.jit(lambda x: jax.jvp(term, (x,), (jnp.ones_like(x),)))(log_a + ratio)
+    want = [oracle.jensen_shannon_term_exact(-4.0, r, weight) for r in ratio]
+    for values, exact in zip(got, np.transpose(want), strict=True):
+        np.testing.assert_allclose(values, exact, rtol=16 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", NON_NEGATIVE)

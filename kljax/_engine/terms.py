@@ -9,14 +9,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 # Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
 _SERIES_BOUND = 0.5
 
 # Below this |z| log(1 + z) is summed as a series, which is exact to the last bit near 0.
-_LOG1P_BOUND = 0.25
+_LOG1P_BOUND = 0.5
 
 
 def log_difference(log_a: Array, log_b: Array) -> Array:
@@ -233,8 +233,11 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
-    from_a, from_b = _to_mixture(log_a, log_b, w, r)
-    return _stored(weigh(w, from_a) + weigh(1 - w, from_b))
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    over_a, over_b = _log_over(w, r)
+    textbook = weigh(w * a, -over_a) + weigh((1 - w) * b, -over_b)
+    near = jnp.where(w >= 0.5, a, b) * _near_mixture(*_from_heavy(w, r))
+    return jnp.where(jnp.abs(r) < _SERIES_BOUND, near, textbook)
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)
@@ -244,9 +247,9 @@ def _jensen_shannon_jvp(primals, tangents):
     log_m, over_a, over_b = _log_mixture(*primals)
     tangent = jnp.zeros_like(log_a)
     if not isinstance(a_dot, SymbolicZero):
-        tangent += weigh(w, term_kl(log_a, log_m, over_a)) * a_dot
+        tangent += weigh(w * jnp.exp(log_a), -over_a) * a_dot
     if not isinstance(b_dot, SymbolicZero):
-        tangent += weigh(1 - w, term_kl(log_b, log_m, over_b)) * b_dot
+        tangent += weigh((1 - w) * jnp.exp(log_b), -over_b) * b_dot
     if not isinstance(w_dot, SymbolicZero):
         from_a, from_b = (
             term_generalized_kl(log_a, log_m, over_a),
@@ -256,12 +259,16 @@ def _jensen_shannon_jvp(primals, tangents):
     return _jensen_shannon(*primals), tangent
 
 
-def _to_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array]:
-    """The generalised KL terms of both sides to their mixture."""
-    over_a, over_b = _log_over(w, r)
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    m = w * a + (1 - w) * b
-    return _generalized(a, m, over_a), _generalized(b, m, over_b)
+def _near_mixture(light: Array, ratio: Array) -> Array:
+    """The term over the heavy side's probability, without cancellation where the two are close.
+
+    With x = log light / heavy and z = m / heavy - 1 it is l (x e^x - e^x + 1) less
+    (1 + z) log(1 + z) - z, for a light weight of l: each of second order, the first the larger.
+    """
+    excess = _expm1_minus(ratio)
+    z = light * (ratio + excess)
+    to_light = ratio * ratio + (ratio - 1) * excess
+    return light * to_light - (z * z + (1 + z) * _log1p_minus(z))
 
 
 def log_mixture(
@@ -334,9 +341,8 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
     Both from the side of more weight, m / heavy = 1 + light weight · (light / heavy - 1), so that
     a small weight costs no accuracy and one logarithm serves both.
     """
-    a_is_heavy = w >= 0.5
-    heavy, light = jnp.where(a_is_heavy, w, 1 - w), jnp.where(a_is_heavy, 1 - w, w)
-    ratio = jnp.where(a_is_heavy, r, -r)  # log light - log heavy
+    light, ratio = _from_heavy(w, r)
+    heavy = 1 - light
     # Beyond this ratio the heavy side's share of m is below any rounding, or exp overflows.
     digits, overflow = (37, 700) if r.dtype == jnp.float64 else (17, 85)
     bound = jnp.minimum(jnp.log(heavy) - jnp.log(light) + digits, overflow)
@@ -345,24 +351,32 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
     exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
     close = jnp.abs(ratio) < _SERIES_BOUND
     z = light * jnp.where(close, ratio + _expm1_minus(ratio), exp_ratio - 1)
-    log1p_z = jnp.where(jnp.abs(z) < _LOG1P_BOUND, _log1p(z), jnp.log(heavy + light * exp_ratio))
-    over_heavy = _stored(jnp.where(only_light, ratio + jnp.log(light), log1p_z))
+    log1p_z = jnp.where(
+        jnp.abs(z) < _LOG1P_BOUND, z + _log1p_minus(z), jnp.log(heavy + light * exp_ratio)
+    )
+    over_heavy = jnp.where(only_light, ratio + jnp.log(light), log1p_z)
     over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
+    a_is_heavy = w >= 0.5
     return (
         jnp.where(a_is_heavy, over_heavy, over_light),
         jnp.where(a_is_heavy, over_light, over_heavy),
     )
 
 
-def _stored(x: Array) -> Array:
-    """x, which a CPU had better store than compute once for each use."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+def _from_heavy(w: Array, r: Array) -> tuple[Array, Array]:
+    """The weight of the side of less weight, and the log of its ratio to the other."""
+    return jnp.minimum(w, 1 - w), jnp.where(w >= 0.5, r, -r)
 
 
-def _log1p(z: Array) -> Array:
-    """log(1 + z) for |z| < 1/4, by its Taylor series to the last bit of the dtype."""
-    last = 26 if z.dtype == jnp.float64 else 12
-    total = jnp.full_like(z, 1 / last)
-    for n in range(last - 1, 0, -1):
-        total = 1 / n - total * z
-    return total * z
+def _log1p_minus(z: Array) -> Array:
+    """log(1 + z) - z for |z| < 1/2, to the last bit of the dtype.
+
+    From the series of log(1 + z) = 2 artanh(s) with s = z / (2 + z), for which 2 s - z = -s z.
+    """
+    s = z / (2 + z)
+    square = s * s
+    last = 31 if z.dtype == jnp.float64 else 13
+    total = jnp.full_like(z, 2 / last)
+    for n in range(last - 2, 1, -2):
+        total = total * square + 2 / n
+    return s * (total * square - z)
