@@ -96,3 +96,5 @@ def test_the_accelerators_choices_give_the_same(rng, name):
     for wrt, got in enumerate(gradients):
         each = [oracle.gradient(name, *np.float64((x[n], y[n])), wrt) for n in range(3)]
         assert_close(got, np.array([*each, 0 * x[2]]) * weights[:, None])
+    second = jax.jit(jax.hessian(getattr(kljax, name)))(x[1], y[1])
+    assert_close(second, oracle.hessian(name, *np.float64((x[1], y[1]))))

@@ -68,7 +68,7 @@ def test_the_plain_formula_takes_more(chip):
     assert is_widened(compiled(lambda s, t: jax.nn.softmax(s.astype(jnp.float32)), chip))
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "skew_forward_kl"])
 def test_one_more_pass_for_a_sum_over_the_classes(chip, name):
     """Where the gradient needs the value or a sum of its own; still no wide copy."""
     loss = lambda s, t: getattr(kljax, name)(s, t, reduction="mean")  # noqa: E731

@@ -58,6 +58,7 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
         slope = _present(there, slope)
         if known is None:
             total = jnp.sum(slope, axis=spec.axis, keepdims=True)
+            slope = _present(there, _slope_after(total, slope, spec, operands, seen, i))
         else:
             total = jnp.zeros_like(values) if known == 0 else known * values
             total = _refined(jnp.expand_dims(total, spec.axis), slope, spec.axis)
@@ -144,6 +145,25 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
     return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
 
 
+def _slope_after(
+    total: Array, slope: Array, spec: Spec, operands: Operands, seen: View, i: int
+) -> Array:
+    """The slopes once more, for the pass that needs their total.
+
+    Accelerators read the inputs again: their compiler would rather store the slopes in between.
+    """
+
+    def again(total: Array, _: Array, operands: Operands, states: tuple[Any, ...]) -> Array:
+        inputs, _ = lax.optimization_barrier((operands.inputs, total))
+        seen = view(spec, operands._replace(inputs=inputs), states)
+        return _slope(spec, seen, operands.params, i)
+
+    states = tuple(side.softmax and side.softmax.state for side in seen.sides)
+    return lax.platform_dependent(
+        total, slope, operands, states, cpu=lambda _, slope, *rest: slope, default=again
+    )
+
+
 def _refined(total: Array, slope: Array, axis: tuple[int, ...]) -> Array:
     """The sum of the slopes as they were rounded, where one more pass over them costs little.
 
@@ -196,7 +216,7 @@ def _present_where(spec: Spec, operands: Operands, rows: Array) -> Array | None:
 
 def _log_masses(spec: Spec, seen: View) -> Array:
     """One number per example, finite where every softmax is one."""
-    masses = (side.softmax.mass for side in seen.sides if side.softmax is not None)
+    masses = (side.softmax.state.mass for side in seen.sides if side.softmax is not None)
     return jnp.squeeze(sum(map(jnp.log, masses)), spec.axis)
 
 

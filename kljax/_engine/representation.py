@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kljax._engine import statistics
+from kljax._engine.statistics import RowState
 from kljax._engine.terms import log_difference
 
 Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
@@ -52,8 +53,7 @@ class Softmax(NamedTuple):
     """The parts of a softmax that the library computed."""
 
     scores: Array  # (logs - peak) / T
-    peak: Array
-    mass: Array  # sum of exp(scores)
+    state: RowState
 
 
 class Side(NamedTuple):
@@ -86,13 +86,15 @@ def compute_dtype(inputs: Any) -> jnp.dtype:
     return jnp.dtype("float64" if wide else "float32")
 
 
-def view(spec: Spec, operands: Operands) -> View:
-    """Read every side as log-probabilities, ready for a term."""
+def view(spec: Spec, operands: Operands, states: tuple[RowState | None, ...] | None = None) -> View:
+    """Read every side as log-probabilities, ready for a term; the row states may be known."""
     shape = jnp.broadcast_shapes(*(x.shape for x in operands.inputs))
     dtype = compute_dtype(operands.inputs)
     sides = tuple(
-        _side(kind, x, operands, spec.axis, shape, dtype)
-        for kind, x in zip(spec.kinds, operands.inputs, strict=True)
+        _side(kind, x, operands, spec.axis, shape, dtype, state)
+        for kind, x, state in zip(
+            spec.kinds, operands.inputs, states or [None] * len(spec.kinds), strict=True
+        )
     )
     ratio = _log_ratio(sides, operands.temperature)
     log_probs = tuple(side.log_probs for side in sides)
@@ -136,6 +138,7 @@ def _side(
     axis: tuple[int, ...],
     shape: tuple[int, ...],
     dtype: jnp.dtype,
+    state: RowState | None = None,
 ) -> Side:
     if kind == "labels":
         return _one_hot(x, operands.where, axis, shape, dtype)
@@ -146,7 +149,7 @@ def _side(
     logs = _log(x.astype(dtype)) if kind == "probs" else x.astype(dtype)
     if not normalizes(kind, operands.temperature):
         return Side(logs, logs)
-    return _normalize(logs if kind == "probs" else x, logs, operands, axis)
+    return _normalize(logs if kind == "probs" else x, logs, operands, axis, state)
 
 
 def _log(probs: Array) -> Array:
@@ -154,17 +157,19 @@ def _log(probs: Array) -> Array:
     return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, probs)))
 
 
-def _normalize(x: Array, logs: Array, operands: Operands, axis: tuple[int, ...]) -> Side:
+def _normalize(
+    x: Array, logs: Array, operands: Operands, axis: tuple[int, ...], state: RowState | None
+) -> Side:
     """Softmax of logs, which are x in a wider dtype."""
     inverse = None if operands.temperature is None else 1 / operands.temperature
-    peak, mass = statistics.row_state(x, inverse, axis, logs.dtype)
+    peak, mass = state or statistics.row_state(x, inverse, axis, logs.dtype)
     # The peak goes before the division: logits of 1e30 divided by T first would overflow.
     scores = logs - peak
     if inverse is not None:
         scores = statistics.scale(scores, inverse)
     if operands.where is not None:
         mass = jnp.where(jnp.any(operands.where, axis=axis, keepdims=True), mass, 1)
-    return Side(logs, scores - jnp.log(mass), Softmax(scores, peak, mass))
+    return Side(logs, scores - jnp.log(mass), Softmax(scores, RowState(peak, mass)))
 
 
 def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
@@ -175,14 +180,15 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     if a.softmax is None or b.softmax is None:
         return log_difference(a.log_probs, b.log_probs)
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
-    shift = a.softmax.peak - b.softmax.peak
+    (a_peak, a_mass), (b_peak, b_mass) = a.softmax.state, b.softmax.state
+    shift = a_peak - b_peak
     near = jnp.abs(shift) < _NEAR_PEAKS
-    a_below = a.logs - jnp.where(near, 0, a.softmax.peak)
-    b_below = b.logs - jnp.where(near, 0, b.softmax.peak)
+    a_below = a.logs - jnp.where(near, 0, a_peak)
+    b_below = b.logs - jnp.where(near, 0, b_peak)
     difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = statistics.scale(difference, 1 / temperature)
-    excess = (a.softmax.mass - b.softmax.mass) / b.softmax.mass
+    excess = (a_mass - b_mass) / b_mass
     both_zero = jnp.isneginf(a.logs) & jnp.isneginf(b.logs)
     return jnp.where(both_zero, 0, difference - jnp.log1p(excess))
 
