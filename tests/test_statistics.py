@@ -1,5 +1,7 @@
 """The state of a row: whole, in parts, and as accelerators compute it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,23 +80,25 @@ def test_states_in_one_pass(temperature):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl"])
+@pytest.mark.parametrize("temperature", [None, 2.0])
 @pytest.mark.usefixtures("on_accelerator")
-def test_the_accelerators_choices_give_the_same(rng, name):
+def test_the_accelerators_choices_give_the_same(rng, name, temperature):
     """Values and both gradients as the oracle's, where no sum is taken to refine another."""
     x, y = (np.float32(rng.normal(size=(4, 50))) * 3 for _ in range(2))
     x[0, :9] = y[0, 5:20] = -INF if name in ("jensen_shannon", "skew_forward_kl") else -30
     x[3, 0] = NAN
     weights = np.array([1.0, 2.0, 0.5, 0.0], np.float32)
+    options = {"temperature": temperature, "where": np.arange(50) != 7}
 
     def f(x, y):
-        values = getattr(kljax, name)(x, y, weights=weights)
+        values = getattr(kljax, name)(x, y, weights=weights, **options)
         return values.sum(), values
 
     gradients, values = jax.jit(jax.grad(f, (0, 1), has_aux=True))(x, y)
-    want = oracle.divergence(name, np.float64(x[:3]), np.float64(y[:3]))
+    want = oracle.divergence(name, np.float64(x[:3]), np.float64(y[:3]), **options)
     assert_close(values, [*want * weights[:3], 0])
     for wrt, got in enumerate(gradients):
-        each = [oracle.gradient(name, *np.float64((x[n], y[n])), wrt) for n in range(3)]
+        each = [oracle.gradient(name, *np.float64((x[n], y[n])), wrt, **options) for n in range(3)]
         assert_close(got, np.array([*each, 0 * x[2]]) * weights[:, None])
-    second = jax.jit(jax.hessian(getattr(kljax, name)))(x[1], y[1])
-    assert_close(second, oracle.hessian(name, *np.float64((x[1], y[1]))))
+    second = jax.jit(jax.hessian(partial(getattr(kljax, name), **options)))(x[1], y[1])
+    assert_close(second, oracle.hessian(name, *np.float64((x[1], y[1])), **options))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-# Below this |log q - log p| the direct form of the generalised KL rounds, so a series serves.
+# Below this |log q - log p| the direct forms of KL and Jensen-Shannon terms round: a series serves.
 _SERIES_BOUND = 0.5
 
 # Below this |z| log(1 + z) is summed as a series, which is exact to the last bit near 0.
