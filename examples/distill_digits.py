@@ -240,7 +240,7 @@ def fit(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     graph, state = nnx.split((model, nnx.Optimizer(model, plan.optimizer, wrt=nnx.Param)))
     state, data, test_images = jax.device_put((state, data, test.images), plan.replicated)
-    course = []
+    course, test_logits = [], np.empty(0)
     for epoch in range(plan.epochs):
         key = jax.random.fold_in(jax.random.key(seed), epoch)
         state, means = train_epoch(state, data, objective, key, graph=graph, plan=plan)

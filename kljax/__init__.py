@@ -9,6 +9,8 @@ from kljax._engine.terms import term_cross_entropy as term_cross_entropy
 from kljax._engine.terms import term_entropy as term_entropy
 from kljax._engine.terms import term_generalized_kl as term_generalized_kl
 from kljax._engine.terms import term_kl as term_kl
+from kljax._engine.value_checks import checked as checked
+from kljax._engine.value_checks import value_checks as value_checks
 from kljax.distributions import Head as Head
 from kljax.distributions import Logits as Logits
 from kljax.distributions import LogProbs as LogProbs

@@ -117,6 +117,8 @@ def read_options(
     for side in held:
         if side.kind == "top_k":
             checks.require_same_temperature(name, side.temperature, temperature)
+            given = (1.0 if value is None else value for value in (side.temperature, temperature))
+            value_checks.check_same_temperature(name, *given)
     if where is not None:
         where = checks.to_array(name, "where", where)
         checks.require_where(name, where, layout)
@@ -242,7 +244,7 @@ def _check_values(
     counted: tuple[Array | None, ...],
     weights: dict[str, Array | None],
 ) -> None:
-    """Report values that cannot be what their type says, under checkify."""
+    """Report values that cannot be what their type says, where it was asked for."""
     if any(map(on_explicit_mesh, operands.inputs)):
         return  # checkify's checks cannot be mapped over such an axis
     name, layout = sides.name, sides.layout

@@ -1,10 +1,12 @@
 """What the user holds: distributions that say how they are represented."""
 
+import json
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from jax import export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
@@ -37,6 +39,12 @@ def _pytree(cls: type) -> type:
         return cls(**dict(zip(leaves, children, strict=True)), **options)
 
     register_pytree_with_keys(cls, flatten, unflatten)
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"kljax.{cls.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static, default=float).encode(),
+        deserialize_auxdata=lambda text: tuple(map(tuple, json.loads(text))),
+    )
     return cls
 
 
@@ -70,7 +78,7 @@ class LogProbs:
     .. math:: p_i = \exp(\ell_i)
 
     -inf is a class of probability zero. They are not normalised again, unless a temperature is
-    given. That they are normalised is checked only under ``jax.experimental.checkify``.
+    given. That they are normalised is checked only under `checked`.
     A pytree: passes through every transform.
 
     Args:
@@ -91,7 +99,7 @@ class Probs:
     r"""Probabilities, taken at their word.
 
     0 is allowed. They are not normalised again, unless a temperature is given. That they are
-    non-negative and sum to 1 is checked only under ``jax.experimental.checkify``.
+    non-negative and sum to 1 is checked only under `checked`.
     A pytree: passes through every transform.
 
     Args:

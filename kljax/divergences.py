@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax import _pipeline
-from kljax._engine import checks
+from kljax._engine import checks, value_checks
 from kljax._engine.dispatch import Implementation
 from kljax._engine.terms import (
     log_difference,
@@ -246,7 +246,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
 
     Raises:
         ValueError: For a shape or option that does not fit, when tracing. TypeError: for a dtype.
-            Under ``checkify`` also for values that cannot be what their type says.
+            Under `checked` also for values that cannot be what their type says.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -336,7 +336,7 @@ def jensen_shannon(
         **options: As for `forward_kl`.
 
     Raises:
-        ValueError: If beta is outside [0, 1]; when traced, under ``checkify``.
+        ValueError: If beta is outside [0, 1]; when traced, under `checked`.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -389,7 +389,7 @@ def skew_forward_kl(
         **options: As for `forward_kl`.
 
     Raises:
-        ValueError: If alpha is outside [0, 1]; when traced, under ``checkify``.
+        ValueError: If alpha is outside [0, 1]; when traced, under `checked`.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -422,7 +422,7 @@ def skew_reverse_kl(
         **options: As for `forward_kl`.
 
     Raises:
-        ValueError: If alpha is outside [0, 1]; when traced, under ``checkify``.
+        ValueError: If alpha is outside [0, 1]; when traced, under `checked`.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -448,18 +448,24 @@ def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array)
     return kl(s, m, m_over_s)
 
 
+def _fraction(caller: str, argument: str, value: ArrayLike) -> Array:
+    value = checks.require_fraction(caller, argument, value)
+    value_checks.check_fraction(caller, argument, value)
+    return value
+
+
 def _ask_jensen_shannon(*, beta: ArrayLike = 0.5, normalized: bool = False) -> Request:
-    checks.require_fraction("jensen_shannon", "beta", beta)
+    beta = _fraction("jensen_shannon", "beta", beta)
     return (_jensen_shannon_scaled if normalized else _jensen_shannon).request(params=(beta,))
 
 
 def _ask_skew_forward_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    checks.require_fraction("skew_forward_kl", "alpha", alpha)
+    alpha = _fraction("skew_forward_kl", "alpha", alpha)
     return _skew_forward_kl.request(params=(alpha,))
 
 
 def _ask_skew_reverse_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    checks.require_fraction("skew_reverse_kl", "alpha", alpha)
+    alpha = _fraction("skew_reverse_kl", "alpha", alpha)
     return _skew_reverse_kl.request(params=(alpha,))
 
 
@@ -544,7 +550,7 @@ def cross_entropy(predictions: Given, targets: Given, **options: Unpack[Options]
 
     Raises:
         ValueError: For a shape or option that does not fit. TypeError: for a dtype. Under
-            ``checkify`` also for labels out of range.
+            `checked` also for labels out of range.
 
     Example:
         >>> import jax.numpy as jnp, kljax

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.typing import ArrayLike
 
 from kljax import _pipeline, _reading
@@ -31,6 +31,7 @@ from kljax.divergences import (
 from kljax.reduction import AxisName, Reduction
 
 
+@partial(export.register_namedtuple_serialization, serialized_name="kljax.DistillationMetrics")
 class DistillationMetrics(NamedTuple):
     """Scalars to log, without gradient: weighted means over the batch (and ``axis_name``)."""
 

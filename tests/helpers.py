@@ -10,6 +10,8 @@ import numpy as np
 from golden.make import cotangent
 from jax.experimental import checkify
 
+import kljax
+
 # A few hundred roundings of the dtype: every test here sums at most some thousand classes.
 _TOLERANCES = {
     np.dtype("float64"): {"rtol": 1e-12, "atol": 1e-13},
@@ -31,7 +33,8 @@ def assert_close(got, want, dtype=np.float32) -> None:
 
 def report(f, *args) -> str | None:
     """What the value checks say of f(*args), if anything."""
-    error, _ = checkify.checkify(f, errors=checkify.user_checks)(*args)
+    with kljax.value_checks():
+        error, _ = checkify.checkify(f, errors=checkify.user_checks)(*args)
     return error.get()
 
 

@@ -1,4 +1,7 @@
-"""Checks of values: loud under checkify, free without it."""
+"""Checks of values: loud where they were asked for."""
+
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -133,37 +136,34 @@ def test_reported_through_transforms():
     assert "look like" in report(lambda x: jax.lax.scan(step, jnp.zeros(()), x), PROBS)
 
 
-def test_checks_cost_nothing_unwrapped(monkeypatch):
-    """The optimised HLO of value and gradient is the same with the checks and without."""
-
-    def hlo():
-        jax.clear_caches()
-
-        def loss(x, y, w, t):
-            return kljax.distillation_loss(
-                x, kljax.Probs(y), jnp.zeros(2, int), weights=w, temperature=t, hard_weight=1.0
-            )
-
-        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(
-            LOGITS, PROBS, jnp.ones(2), jnp.float32(2)
-        )
-        return _operations(compiled.compile().as_text())
-
-    checked = hlo()
-    calls = []
-    monkeypatch.setattr(
-        "kljax._engine.value_checks.debug_check", lambda *args, **kwargs: calls.append(args)
-    )
-    unchecked = hlo()
-    jax.clear_caches()
-    assert len(calls) > 5
-    assert checked == unchecked
+@pytest.mark.parametrize("case", REPORTED)
+def test_checked_raises(case):
+    """The function is called as it is; the mistake is a ValueError."""
+    call, message = REPORTED[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kljax.checked(call)()
 
 
-def _operations(text):
-    """Opcodes and shapes, without names and source locations."""
-    lines = [line.split(", metadata=")[0] for line in text.splitlines() if " = " in line]
-    return sorted(" ".join(line.split(" = ", 1)[1].split("%")[0].split()) for line in lines)
+def test_checked_returns_what_the_function_returns():
+    """Static options, pytrees and warm functions pass through, and the checks end with the call."""
+    loss = jax.jit(partial(kljax.forward_kl, reduction="mean"))
+    want = loss(LOGITS, kljax.Probs(PROBS))
+    assert kljax.checked(loss)(LOGITS, kljax.Probs(PROBS)) == want
+    assert kljax.checked(kljax.forward_kl)(LOGITS, kljax.Probs(PROBS), reduction="mean") == want
+    with pytest.raises(ValueError, match="targets hold negative probabilities"):
+        kljax.checked(loss)(LOGITS, kljax.Probs(-PROBS))
+    loss(LOGITS, kljax.Probs(-PROBS))
+
+
+def test_checked_stands_outermost():
+    with pytest.raises(ValueError, match="checked: arguments must be known values"):
+        jax.jit(kljax.checked(kljax.entropy))(LOGITS)
+
+
+def test_value_checks_want_checkify():
+    """JAX itself says so."""
+    with pytest.raises(ValueError, match="not functionalized"), kljax.value_checks():
+        jax.jit(kljax.entropy)(LOGITS)
 
 
 def test_without_checkify_values_pass_by_their_rule():

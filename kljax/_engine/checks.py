@@ -2,8 +2,7 @@
 
 Shapes, dtypes and options raise at trace time. What would otherwise broadcast silently raises
 directly; the rest goes through chex and obeys `chex.disable_asserts`. What can only be known of
-values, of traced options here and of arrays in `value_checks`, goes through `checkify.debug_check`,
-which costs nothing unless the user wraps the function in checkify.
+values is reported by `value_checks`, and only where the user asked for it.
 """
 
 import numbers
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.experimental.checkify import debug_check
 
 Shape = tuple[int, ...]
 
@@ -144,13 +142,11 @@ def require_callable(caller: str, argument: str, value: Any) -> None:
         raise TypeError(_message(caller, argument, expected, repr(value), remedy))
 
 
-def require_fraction(caller: str, argument: str, value: Any) -> None:
-    """A share in [0, 1]: ValueError when static, checkify when traced."""
+def require_fraction(caller: str, argument: str, value: Any) -> Array:
+    """A share in [0, 1]: what is not known while tracing is a value check."""
     if _is_static(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):
         fail(caller, argument, "in [0, 1]", f"{value}", "It is the share of one side in a mixture.")
-    value = require_number(caller, argument, value)
-    message = f"{caller}: {argument} must be in [0, 1]; got {{value}}"
-    debug_check((value >= 0) & (value <= 1), message, value=value)
+    return require_number(caller, argument, value)
 
 
 def require_temperature(caller: str, temperature: Any) -> Array:
@@ -270,21 +266,13 @@ def require_tail(caller: str, tail: str) -> None:
 
 
 def require_same_temperature(caller: str, taken_at: Any, temperature: Any) -> None:
-    """A cached top-k cannot be given another temperature than it was taken at."""
+    """A cached top-k cannot be given another; what is not known yet is a value check."""
     one, other = (1.0 if value is None else value for value in (taken_at, temperature))
     expected = f"the {taken_at} that the top-k was taken at"
     remedy = "A cached top-k cannot be given another: take it anew with top_k(…, temperature=…)."
-    if _is_static(one) and _is_static(other):
-        if not np.array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32)):
-            fail(caller, "temperature", expected, f"{temperature}", remedy)
-        return
-    one, other = (
-        require_number(caller, "temperature", one),
-        require_number(caller, "temperature", other),
-    )
-    same = one.astype(jnp.float32) == other.astype(jnp.float32)
-    message = f"{caller}: temperature must be what the top-k was taken at, {{one}}; got {{other}}"
-    debug_check(same, message, one=one, other=other)
+    known = _is_static(one) and _is_static(other)
+    if known and np.any(np.asarray(one, np.float32) != np.asarray(other, np.float32)):
+        fail(caller, "temperature", expected, f"{temperature}", remedy)
 
 
 def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
@@ -345,11 +333,31 @@ def is_static_zero(value: Any) -> bool:
     return _is_static(value) and np.shape(value) == () and value == 0
 
 
+def is_known_size(n: Any) -> bool:
+    """Whether a dimension is a number, not a symbol of `jax.export`."""
+    return isinstance(n, int)
+
+
 def _is_static(value: Any) -> bool:
     """Whether the value can be read while tracing."""
     if isinstance(value, Array):
         return not isinstance(value, Tracer) and value.is_fully_addressable
     return isinstance(value, numbers.Real | np.ndarray)
+
+
+# ---- what the value checks ask and find ----
+
+
+def require_known(caller: str, leaves: Iterable[Any]) -> None:
+    """It stands outside all transforms."""
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        remedy = f"{caller} stands outermost: {caller}(jit(f)), {caller}(grad(f))."
+        fail(caller, "arguments", "known values", "those of another transform", remedy)
+
+
+def require_no_report(message: str | None) -> None:
+    if message:
+        raise ValueError(message.removesuffix(" (`check` failed)"))
 
 
 # ---- what other systems ask of their arguments ----
@@ -383,7 +391,7 @@ def require_broadcastable(
 ) -> None:
     """For the systems that broadcast; each has its own kind of error."""
     try:
-        np.broadcast_shapes(*shapes.values())
+        jnp.broadcast_shapes(*shapes.values())
     except ValueError:
         *others, last = shapes
         against = " and ".join(f"{shapes[other]}" for other in others)
@@ -401,7 +409,7 @@ def require_mask(caller: str, where: Array, shape: Shape) -> None:
     if where.dtype != bool:
         fail(caller, "where", "bool", str(where.dtype), "Write `where > 0`.")
     try:
-        fits = np.broadcast_shapes(where.shape, shape) == shape
+        fits = jnp.broadcast_shapes(where.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:

@@ -90,13 +90,19 @@ def choose(
         got = "a mesh with explicit axes"
         remedy = 'Leave implementation=None or "dense", or use shard_map.'
         checks.fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
+    sizes = (*batch, classes)
+    if implementation not in (None, "dense") and not all(map(checks.is_known_size, sizes)):
+        expected, remedy = 'None or "dense" with symbolic dimensions', "A block's size is a number."
+        checks.fail(caller, "implementation", expected, f"{implementation}", remedy)
     if isinstance(implementation, Chunked):
         rows = implementation.rows
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             expected, got = "Chunked of a positive int of rows", f"Chunked(rows={rows!r})"
             checks.fail(caller, "implementation", expected, got, "Give one.")
         return Choice(*[exactly(batch, rows)] * 2)
-    if implementation == "dense" or explicit_mesh or math.prod(batch) * classes == 0:
+    if implementation == "dense" or explicit_mesh or not all(map(checks.is_known_size, sizes)):
+        return at_once(batch)
+    if math.prod(sizes) == 0:
         return at_once(batch)
     cpu, elsewhere = _CPU, None
     if implementation == "chunked":

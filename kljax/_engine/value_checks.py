@@ -1,13 +1,112 @@
-"""What is reported of values, under checkify only: it costs nothing otherwise."""
+"""What is reported of values: on demand only, and otherwise nothing of it is in a program."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.experimental.checkify import debug_check
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from kljax._engine import checks
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# Part of the key of jit's cache: what was traced without the checks never serves a call with them.
+_reporting = jax.make_user_context(default_value=False)
 
 # Sums of 16-bit probabilities are this far off; a real mistake is further.
 _SLACK = 0.02
 
 
+@contextmanager
+def value_checks() -> Generator[None, None, None]:
+    """Turn the value checks on for whatever is traced inside.
+
+    For those who call ``checkify`` themselves, with ``errors=checkify.user_checks``; `checked`
+    does both. What is traced inside but not by ``checkify`` JAX refuses to run, "Cannot abstractly
+    evaluate a checkify.check which was not functionalized". Outside no check is in any program.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, kljax
+        >>> from jax.experimental import checkify
+        >>> entropy = checkify.checkify(kljax.entropy, errors=checkify.user_checks)
+        >>> with kljax.value_checks():
+        ...     error, _ = entropy(jnp.ones(2) / 2)
+        >>> print(error.get().split(";")[0])
+        entropy: p look like probabilities (all in [0, 1], rows sum to 1)
+    """
+    with _reporting(True):
+        yield
+
+
+def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The same function, run with every value check: a ValueError tells the first mistake.
+
+    For finding out what is wrong, not for training: the function is traced anew at each call.
+    It stands outermost, ``checked(jit(f))`` and ``checked(grad(f))``; under another transform the
+    values are not known. Functions with effects of their own, such as Flax NNX's, go through
+    ``checkify`` and `value_checks` instead.
+
+    Reported are probabilities that are negative or do not sum to 1, log-probabilities that are
+    positive or do not normalise, bare arrays that look like probabilities, indices and labels out
+    of range, negative weights, temperatures and shares out of range, and NaN; not where a mask or
+    a weight of 0 hides it.
+
+    Args:
+        function: Of arrays, pytrees of them, and static options; its result likewise.
+
+    Raises:
+        ValueError: With the mistake and the remedy.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> try:
+        ...     kljax.checked(kljax.entropy)(kljax.Probs(jnp.array([0.5, 0.25])))
+        ... except ValueError as error:
+        ...     print(str(error).split(";")[0])
+        entropy: p hold probabilities that do not sum to 1, but are 0.25 off
+    """
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        checks.require_known("checked", leaves)
+        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array | np.ndarray)]
+
+        def call(moved: list[Array]) -> Any:
+            whole = list(leaves)
+            for i, leaf in zip(arrays, moved, strict=True):
+                whole[i] = leaf
+            args, kwargs = jax.tree.unflatten(tree, whole)
+            return function(*args, **kwargs)
+
+        with value_checks():
+            reporting = checkify.checkify(call, errors=checkify.user_checks)
+            error, result = reporting([leaves[i] for i in arrays])
+        checks.require_no_report(error.get())
+        return result
+
+    return run
+
+
+def _on_demand(check: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """A check that does nothing at all unless the checks were asked for."""
+
+    @wraps(check)
+    def only_if_asked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        if _reporting.value:
+            check(*args, **kwargs)
+
+    return only_if_asked
+
+
+@_on_demand
 def check_distribution(
     which: str,
     kind: str,
@@ -21,21 +120,21 @@ def check_distribution(
     """Report values that cannot be what their type says; `counted` are those with an effect."""
     counted = jnp.broadcast_to(True if counted is None else counted, x.shape)
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    debug_check(~jnp.any(jnp.isnan(x) & counted), f"{which} hold NaN")
+    checkify.check(~jnp.any(jnp.isnan(x) & counted), f"{which} hold NaN")
     if kind == "logits":
         if bare:
             message = f"{which} look like probabilities (all in [0, 1], rows sum to 1); "
-            debug_check(~_are_probabilities(x, counted, axis), message + "wrap them in Probs")
+            checkify.check(~_are_probabilities(x, counted, axis), message + "wrap them in Probs")
         return
     held, probs = ("probabilities", x) if kind == "probs" else ("log-probabilities", jnp.exp(x))
     sign = "negative" if kind == "probs" else "positive"
     bound = x >= 0 if kind == "probs" else x <= _SLACK
     remedy = "Logits are what need not be normalised"
-    debug_check(jnp.all(bound | ~counted), f"{which} hold {sign} {held}; {remedy}")
+    checkify.check(jnp.all(bound | ~counted), f"{which} hold {sign} {held}; {remedy}")
     if exact:
         off = _off_from_one(probs, counted, axis)
         message = f"{which} hold {held} that do not sum to 1, but are {{off}} off; {remedy}"
-        debug_check(off <= _SLACK, message, off=off)
+        checkify.check(off <= _SLACK, message, off=off)
 
 
 def _are_probabilities(x: Array, counted: Array, axis: tuple[int, ...]) -> Array:
@@ -50,12 +149,14 @@ def _off_from_one(probs: Array, counted: Array, axis: tuple[int, ...]) -> Array:
     return jnp.max(jnp.where(jnp.any(counted, axis=axis), jnp.abs(total - 1), 0), initial=0)
 
 
+@_on_demand
 def check_labels(caller: str, labels: Array, live: Array | None, classes: int) -> None:
     valid = (labels >= 0) & (labels < classes)
     message = f"{caller}: labels must be in [0, {classes}); give other examples the weight 0"
-    debug_check(jnp.all(valid if live is None else valid | ~live), message)
+    checkify.check(jnp.all(valid if live is None else valid | ~live), message)
 
 
+@_on_demand
 def check_top_k(
     which: str, indices: Array, log_probs: Array, live: Array | None, classes: int
 ) -> None:
@@ -65,17 +166,32 @@ def check_top_k(
         counted &= live
     log_probs = log_probs if log_probs.dtype == jnp.float64 else log_probs.astype(jnp.float32)
     inside = (indices >= 0) & (indices < classes)
-    debug_check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {classes})")
-    debug_check(~jnp.any(jnp.isnan(log_probs) & counted), f"{which} hold NaN")
+    checkify.check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {classes})")
+    checkify.check(~jnp.any(jnp.isnan(log_probs) & counted), f"{which} hold NaN")
 
 
+@_on_demand
 def check_weights(caller: str, argument: str, weights: Array | None) -> None:
     if weights is not None and weights.dtype != bool:
         message = f"{caller}: {argument} must not be negative or NaN"
-        debug_check(jnp.all(weights >= 0), message)
+        checkify.check(jnp.all(weights >= 0), message)
 
 
+@_on_demand
 def check_temperature(caller: str, temperature: Array | None) -> None:
     if temperature is not None:
         message = f"{caller}: temperature must be positive; got {{temperature}}"
-        debug_check(temperature > 0, message, temperature=temperature)
+        checkify.check(jnp.all(temperature > 0), message, temperature=jnp.min(temperature))
+
+
+@_on_demand
+def check_fraction(caller: str, argument: str, value: Array) -> None:
+    message = f"{caller}: {argument} must be in [0, 1]; got {{value}}"
+    checkify.check((value >= 0) & (value <= 1), message, value=value)
+
+
+@_on_demand
+def check_same_temperature(caller: str, taken_at: ArrayLike, given: ArrayLike) -> None:
+    one, other = (jnp.asarray(x).astype(jnp.float32) for x in (taken_at, given))
+    message = f"{caller}: temperature must be what the top-k was taken at, {{one}}; got {{other}}"
+    checkify.check(jnp.all(one == other), message, one=one, other=other)

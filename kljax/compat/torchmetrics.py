@@ -246,5 +246,5 @@ def _reduce(values: Array, reduction: Reduction) -> Array:
     if reduction in ("none", None):
         return values
     (wide,) = elements.computed(values)
-    total = jnp.sum(wide) / (len(values) if reduction == "mean" else 1)
+    total = jnp.sum(wide) / (values.shape[0] if reduction == "mean" else 1)
     return total.astype(values.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -23,6 +23,7 @@ _WIDTH = 0.039
 _LOWEST, _BINS = -29.0, 1024  # from 3e-13 to 5e4 nats
 
 
+@partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics.Summary")
 class Summary(NamedTuple):
     """What is known of all examples together; NaN where there are none."""
 
@@ -33,6 +34,7 @@ class Summary(NamedTuple):
     weight_sum: Array  # the number of examples where there were no weights
 
 
+@partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics._Sum")
 class _Sum(NamedTuple):
     """high + low, not added: a sum of twice its dtype's precision."""
 
@@ -40,6 +42,7 @@ class _Sum(NamedTuple):
     low: Array
 
 
+@partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics._Sums")
 class _Sums(NamedTuple):
     weight: _Sum
     value: _Sum
@@ -48,6 +51,7 @@ class _Sums(NamedTuple):
     histogram: _Sum
 
 
+@partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics.Divergence")
 class Divergence(NamedTuple):
     r"""The values of a divergence, or of anything else, over a stream of examples.
 
@@ -196,6 +200,7 @@ def _update(
 ) -> Divergence:
     value_checks.check_weights(_NAME, "weights", weights)
     dtype = state.maximum.dtype
+    values, weights = lax.stop_gradient((values, weights))
     values = _flat(values).astype(dtype)
     weights = None if weights is None else _flat(weights).astype(dtype)
     kept = True if weights is None else weights != 0
