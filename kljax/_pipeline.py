@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from kljax import _reading
 from kljax import reduction as reductions
-from kljax._engine import checks, closures, dense, dispatch, rowwise
+from kljax._engine import checks, closures, dense, dispatch, meshes, rowwise
 from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice, Implementation
 from kljax._engine.representation import (
@@ -178,7 +178,7 @@ def choose_blocks(
         math.prod(layout.classes),
         itemsize=min((x.dtype.itemsize for x in arrays), default=4),
         kinds=kinds,
-        explicit_mesh=any(_reading.on_explicit_mesh(side.value) for side in held),
+        explicit_mesh=meshes.explicit([side.value for side in held]),
     )
 
 

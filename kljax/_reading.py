@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
-from kljax._engine import checks, value_checks
+from kljax._engine import checks, meshes, value_checks
 from kljax._engine.blocks import Axes
 from kljax._engine.checks import Layout
 from kljax._engine.head import HeadInput
@@ -221,19 +220,26 @@ def _share_sharding(
 ) -> tuple[tuple[Input, ...], Array | None]:
     """On a mesh of explicit axes a select demands that its operands are spread alike."""
     arrays = [x for x in inputs if isinstance(x, Array)]
-    specs = (jax.typeof(x).sharding.spec for x in arrays if x.shape == layout.shape)
-    spec = next((spec for spec in specs if any(spec)), None)
-    if spec is None:
+    sharding = meshes.of_first([x for x in arrays if x.shape == layout.shape])
+    if sharding is None:
         return inputs, where
 
     def spread(x: Any) -> Any:
+        if isinstance(x, TopKInput):  # few columns beside the whole of the other side
+            batch = meshes.without(sharding, layout.axis)
+            lead = lambda z: meshes.spread(  # noqa: E731
+                jnp.broadcast_to(z, (*layout.batch, z.shape[-1])), batch
+            )
+            tail = x.log_tail
+            if tail is not None:
+                tail = jnp.broadcast_to(tail, layout.batch)
+                tail = meshes.spread(tail, meshes.dropping(sharding, layout.axis))
+            return replace(x, indices=lead(x.indices), log_probs=lead(x.log_probs), log_tail=tail)
         if not isinstance(x, Array):
             return x
         if jnp.issubdtype(x.dtype, jnp.integer):  # labels have no classes to spread over
-            return jax.sharding.reshard(
-                x, PartitionSpec(*(None if i in layout.axis else n for i, n in enumerate(spec)))
-            )
-        return jax.sharding.reshard(jnp.broadcast_to(x, layout.shape), PartitionSpec(*spec))
+            return meshes.spread(x, meshes.without(sharding, layout.axis))
+        return meshes.spread(jnp.broadcast_to(x, layout.shape), sharding)
 
     return tuple(map(spread, inputs)), None if where is None else spread(where)
 
@@ -245,7 +251,7 @@ def _check_values(
     weights: dict[str, Array | None],
 ) -> None:
     """Report values that cannot be what their type says, where it was asked for."""
-    if any(map(on_explicit_mesh, operands.inputs)):
+    if meshes.explicit(operands.inputs):
         return  # checkify's checks cannot be mapped over such an axis
     name, layout = sides.name, sides.layout
     for which, given in weights.items():
@@ -269,8 +275,3 @@ def _check_values(
             value_checks.check_distribution(
                 which, kind, whole, present, layout.axis, bare=bare, exact=at_its_word
             )
-
-
-def on_explicit_mesh(value: Input) -> bool:
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(value))
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from kljax import _pipeline, _reading
-from kljax._engine import checks, rowwise
+from kljax._engine import checks, meshes, rowwise
 from kljax._engine.dispatch import Choice
 from kljax._engine.representation import Operands, log_probs_of, with_infinity
 from kljax._engine.rowwise import Rows, Run
@@ -148,6 +147,11 @@ def _read(
     held = (_reading.read(caller, "logits", logits),)
     checks.require_logits(caller, "logits", held[0].kind, _reading.shape_of(held[0]))
     layout = _reading.read_layout(caller, ("logits",), held, -1)
+    sharding = meshes.of_first(
+        [x for x in jax.tree.leaves(held[0].value) if x.shape == layout.shape]
+    )
+    if sharding is not None:
+        checks.require_whole_classes(caller, "logits", meshes.spreads(sharding, layout.axis))
     where, temperature = _reading.read_options(caller, layout, where, temperature, held)
     choice = _pipeline.choose_blocks(caller, layout, held, None, ())
     sides = _reading.sides_of(caller, ("logits",), held, layout)
@@ -210,9 +214,9 @@ def _drawn(
     tilted = log_probs * power.astype(log_probs.dtype)
     tilted = lax.stop_gradient(jnp.where(jnp.isneginf(log_probs), -jnp.inf, tilted))
 
-    *spec, _ = jax.typeof(tilted).sharding.spec
-    if any(spec):  # on a mesh of explicit axes what is mapped must be spread alike
-        keys = jax.sharding.reshard(keys, PartitionSpec(*spec))
+    sharding = meshes.of_first([tilted])
+    if sharding is not None:  # what is mapped must be spread alike
+        keys = meshes.spread(keys, meshes.dropping(sharding, [tilted.ndim - 1]))
 
     def draw(key: Array, scores: Array, m: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(key, m), scores)

@@ -46,6 +46,7 @@ ORDER = [
     "kljax._engine.linear",
     "kljax._engine.blocks",
     "kljax._engine.representation",
+    "kljax._engine.meshes",
     "kljax._engine.statistics",
     "kljax._engine.value_checks",
     "kljax._engine.checks",

@@ -234,6 +234,15 @@ def require_logits(caller: str, argument: str, kind: str, shape: Shape) -> None:
         fail(caller, argument, "an array with a class axis", "a scalar", "Classes come last.")
 
 
+def require_whole_classes(caller: str, argument: str, are_spread: bool) -> None:
+    if are_spread:
+        expected, got = "an array with all classes of an example on one device", "classes sharded"
+        remedy = (
+            "Only a gather of all logits could do it: jax.sharding.reshard them if that is meant."
+        )
+        fail(caller, argument, expected, got, remedy)
+
+
 def require_count(caller: str, argument: str, value: Any, classes: int | None = None) -> int:
     """How many classes to keep or draw: the size of a result."""
     expected = "a positive int" if classes is None else f"an int in [1, {classes}], the classes"

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
-from kljax._engine import statistics
+from kljax._engine import meshes, statistics
 from kljax._engine.statistics import RowState
 from kljax._engine.terms import log_difference
 
@@ -141,7 +142,8 @@ def _side(
     state: RowState | None = None,
 ) -> Side:
     if kind == "labels":
-        return _one_hot(x, operands.where, axis, shape, dtype)
+        whole = [other for other in operands.inputs if other.shape == shape]
+        return _one_hot(x, operands.where, axis, shape, dtype, meshes.of_first(whole))
     x = with_infinity(x)
     least = 0 if kind == "probs" else -jnp.inf
     if operands.where is not None:
@@ -199,10 +201,14 @@ def _one_hot(
     axis: tuple[int, ...],
     shape: tuple[int, ...],
     dtype: jnp.dtype,
+    sharding: NamedSharding | None,
 ) -> Side:
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)  # the classes must not wrap around
-    hit = lax.broadcasted_iota(labels.dtype, shape, axis[0]) == labels
+    classes = lax.broadcasted_iota(labels.dtype, shape, axis[0], out_sharding=sharding)
+    if sharding is not None:
+        labels = meshes.spread(jnp.broadcast_to(labels, shape), sharding)
+    hit = classes == labels
     if where is None:
         is_class = jnp.any(hit, axis=axis)
     else:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kljax._engine import meshes
 from kljax._engine.representation import Operands, Spec, compute_dtype, log_probs_of
 
 Tail = Literal["bucket", "renormalize", "renormalize_both", "truncate"]
@@ -59,7 +60,7 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
 
     sides, all_taken = [], jnp.zeros(batch, bool)
     if wholes:  # else what classes there are is not known
-        taken, all_taken = _taken(indices, valid, where, wholes[0].shape[-1])
+        taken, all_taken = _taken(indices, valid, where, wholes[0])
         sides = [_split(x, indices, valid, taken) for x in wholes[: len(others)]]
     rest = _rest(given.log_tail, best, all_taken, operands.scale)
     sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
@@ -69,10 +70,11 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     return few_spec, operands._replace(inputs=tuple(inputs), where=None, temperature=None)
 
 
-def _taken(indices: Array, valid: Array, where: Array | None, classes: int) -> tuple[Array, Array]:
+def _taken(indices: Array, valid: Array, where: Array | None, whole: Array) -> tuple[Array, Array]:
     """Which classes are K, and whether none is left for the rest."""
+    classes = whole.shape[-1]
     places = jnp.where(valid & _inside(indices, classes), indices, classes)  # one past: dropped
-    taken = marked(places, classes)
+    taken = meshes.spread(marked(places, classes), meshes.of_first([whole]))
     left = ~taken if where is None else where & ~taken
     return taken, ~jnp.any(left, axis=-1)
 
@@ -81,7 +83,7 @@ def _split(log_probs: Array, indices: Array, valid: Array, taken: Array) -> _See
     """The predictions at the k classes, and what they hold elsewhere."""
     log_probs = jnp.broadcast_to(log_probs, taken.shape)
     inside = _inside(indices, taken.shape[-1])
-    best = jnp.take_along_axis(log_probs, jnp.where(valid & inside, indices, 0), axis=-1)
+    best = meshes.take(log_probs, jnp.where(valid & inside, indices, 0))
     best = jnp.where(inside, best, jnp.nan)
     rest = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
     return _Seen(jnp.where(valid, best, -jnp.inf), rest)
@@ -94,7 +96,7 @@ def allowed(indices: Array, where: Array | None) -> Array:
     batch = jnp.broadcast_shapes(indices.shape[:-1], where.shape[:-1])
     indices, where = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (indices, where))
     inside = _inside(indices, where.shape[-1])
-    return ~inside | jnp.take_along_axis(where, jnp.where(inside, indices, 0), axis=-1)
+    return ~inside | meshes.take(where, jnp.where(inside, indices, 0))
 
 
 def _inside(indices: Array, classes: int) -> Array:

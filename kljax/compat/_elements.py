@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from kljax._engine import meshes
+
 
 def promoted(*sides: ArrayLike | DTypeLike) -> jnp.dtype:
     """The dtype of a product of the sides, also where JAX is told to be strict about dtypes."""
@@ -15,8 +17,7 @@ def promoted(*sides: ArrayLike | DTypeLike) -> jnp.dtype:
 def computed(*sides: Array) -> list[Array]:
     """The sides broadcast, in float32, or float64 if any of them is."""
     wide = jnp.float64 if any(side.dtype == jnp.float64 for side in sides) else jnp.float32
-    shape = jnp.broadcast_shapes(*(side.shape for side in sides))
-    return [jnp.broadcast_to(side.astype(wide), shape) for side in sides]
+    return meshes.broadcast([side.astype(wide) for side in sides])
 
 
 def log(probs: Array) -> Array:

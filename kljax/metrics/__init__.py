@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export, lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from kljax._engine import checks, value_checks
+from kljax._engine import checks, meshes, value_checks
 from kljax._engine.terms import weigh
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName
@@ -116,7 +115,7 @@ class Divergence(NamedTuple):
         if agreement is not None:
             agreement = checks.to_array(_NAME, "agreement", agreement)
             checks.require_weights(_NAME, "agreement", agreement, values.shape)
-        return _update(self, values, weights, agreement, axis_name)
+        return _update(*lax.stop_gradient((self, values, weights, agreement)), axis_name)
 
     def merge(self, other: "Divergence") -> "Divergence":
         """The state of the examples of both."""
@@ -200,7 +199,6 @@ def _update(
 ) -> Divergence:
     value_checks.check_weights(_NAME, "weights", weights)
     dtype = state.maximum.dtype
-    values, weights = lax.stop_gradient((values, weights))
     values = _flat(values).astype(dtype)
     weights = None if weights is None else _flat(weights).astype(dtype)
     kept = True if weights is None else weights != 0
@@ -263,9 +261,7 @@ def _quantile(state: Divergence, q: Array) -> Array:
 
 def _flat(x: Array) -> Array:
     """One axis; on a mesh of explicit axes whole on every device, for it is one per example."""
-    if any(jax.typeof(x).sharding.spec):
-        x = jax.sharding.reshard(x, PartitionSpec())
-    return x.ravel()
+    return meshes.whole(x).ravel()
 
 
 def _count(n: int | Array, dtype: jnp.dtype) -> _Sum:

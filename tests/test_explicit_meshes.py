@@ -1,0 +1,96 @@
+"""Arrays on the mesh that `jax.make_mesh` makes, whose axes are explicit, set or not."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from jax.sharding import NamedSharding, PartitionSpec
+
+import kljax
+from kljax import metrics
+from kljax.compat import gluon, keras, optax, torch, torchmetrics
+
+RNG = np.random.default_rng(3)
+X, Y = (jnp.asarray(RNG.normal(size=(16, 16)), jnp.float32) for _ in range(2))
+LABELS = jnp.arange(16)
+KERNEL = jnp.asarray(RNG.normal(size=(16, 5)), jnp.float32)
+FEW = kljax.top_k(Y, 3)
+
+# Of the sides x and y, both spread; the others are whole.
+PROGRAMS = {
+    "entropy": lambda x, y: kljax.entropy(x),
+    "forward_kl": kljax.forward_kl,
+    "options": lambda x, y: kljax.forward_kl(
+        x, Y, weights=LABELS % 2 == 0, where=LABELS != 3, temperature=2.0, reduction="mean"
+    ),
+    "a shared teacher": lambda x, y: kljax.reverse_kl(x, Y[0]),
+    "jensen_shannon": kljax.jensen_shannon,
+    "kl_terms": kljax.kl_terms,
+    "labels": lambda x, y: kljax.cross_entropy(x, LABELS),
+    "distillation_loss": lambda x, y: kljax.distillation_loss(x, y, LABELS, hard_weight=0.5)[0],
+    "TopK": lambda x, y: kljax.forward_kl(x, FEW),
+    "TopK and where": lambda x, y: kljax.forward_kl(x, FEW, where=LABELS != 3),
+    "Head": lambda x, y: kljax.forward_kl(kljax.Head(x, KERNEL), kljax.Head(y, KERNEL)),
+    "metrics": lambda x, y: (
+        metrics.Divergence.empty()
+        .update(kljax.entropy(x), agreement=metrics.agreement(x, y))
+        .compute()
+        .mean
+    ),
+    "reduce": lambda x, y: kljax.reduce(kljax.entropy(x), weights=LABELS, reduction="mean"),
+    "torch": lambda x, y: torch.kl_div(x, jax.nn.softmax(Y), reduction="sum"),
+    "optax": lambda x, y: optax.kl_divergence(x, jax.nn.softmax(Y)),
+    "softmax_cross_entropy": lambda x, y: optax.softmax_cross_entropy(x, jax.nn.softmax(Y)),
+    "torchmetrics": lambda x, y: torchmetrics.kl_divergence(jax.nn.softmax(x), jax.nn.softmax(Y)),
+    "gluon": lambda x, y: gluon.KLDivLoss()(x, jax.nn.softmax(Y)),
+    "keras": lambda x, y: keras.kl_divergence(jax.nn.softmax(x), jax.nn.softmax(Y)),
+}
+SPECS = {"batch": PartitionSpec("d"), "classes": PartitionSpec(None, "d")}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_values_and_gradients(name, devices, is_set, spec):
+    """Eager and under jit; without the mesh set, JAX takes no gradient there on several devices."""
+    mesh = jax.make_mesh((devices,), ("d",))
+    program = PROGRAMS[name]
+    total = lambda x, y: jnp.sum(program(x, y))  # noqa: E731
+    differentiable = name != "metrics" and (devices == 1 or is_set)
+    with jax.set_mesh(mesh) if is_set else nullcontext():
+        x, y = (jax.device_put(z, NamedSharding(mesh, SPECS[spec])) for z in (X, Y))
+        got, compiled = program(x, y), jax.jit(program)(x, y)
+        gradient = jax.jit(jax.grad(total))(x, y) if differentiable else None
+    want = program(X, Y)
+    assert_close(got, want)
+    assert_close(compiled, want)
+    if gradient is not None:
+        assert gradient.sharding.is_equivalent_to(x.sharding, 2)
+        assert_close(gradient, jax.grad(total)(X, Y))
+
+
+@pytest.mark.parametrize(
+    "few", [kljax.top_k, lambda x, n: kljax.sample_targets(jax.random.key(0), x, n)]
+)
+def test_few_classes_of_an_example(few):
+    mesh = jax.make_mesh((8,), ("d",))
+    want = few(X, 3)
+    got = jax.jit(few, static_argnums=1)(jax.device_put(X, NamedSharding(mesh, SPECS["batch"])), 3)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)
+    with pytest.raises(ValueError, match="logits must be an array with all classes of an example"):
+        few(jax.device_put(X, NamedSharding(mesh, SPECS["classes"])), 3)
+
+
+def test_no_logits_are_gathered():
+    """A top-k teacher beside sharded classes: what is moved is of the size of k, not of V."""
+    mesh = jax.make_mesh((8,), ("d",))
+    x = jax.device_put(X, NamedSharding(mesh, SPECS["classes"]))
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda x: kljax.forward_kl(x, FEW)).lower(x).compile().as_text()
+    moved = [line for line in text.splitlines() if "all-gather" in line or "all-to-all" in line]
+    assert not [line for line in moved if "16,16]" in line]
