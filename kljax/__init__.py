@@ -1,7 +1,10 @@
 """kljax: the KL-divergence loss library for JAX."""
 
+import typing as _typing
+from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from kljax._engine.dispatch import Chunked as Chunked
 from kljax._engine.terms import log_mixture as log_mixture
@@ -11,11 +14,13 @@ from kljax._engine.terms import term_generalized_kl as term_generalized_kl
 from kljax._engine.terms import term_kl as term_kl
 from kljax._engine.value_checks import checked as checked
 from kljax._engine.value_checks import value_checks as value_checks
+from kljax.distributions import Distribution as Distribution
 from kljax.distributions import Head as Head
 from kljax.distributions import Logits as Logits
 from kljax.distributions import LogProbs as LogProbs
 from kljax.distributions import Probs as Probs
 from kljax.distributions import TopK as TopK
+from kljax.divergences import DivergenceFn as DivergenceFn
 from kljax.divergences import cross_entropy as cross_entropy
 from kljax.divergences import divergence as divergence
 from kljax.divergences import entropy as entropy
@@ -32,6 +37,23 @@ from kljax.objectives import distillation_loss as distillation_loss
 from kljax.reduction import reduce as reduce
 from kljax.sparse import sample_targets as sample_targets
 from kljax.sparse import top_k as top_k
+
+if _typing.TYPE_CHECKING:
+    from kljax import compat as compat
+    from kljax import metrics as metrics
+
+_LAZY = ("compat", "metrics")  # loaded when they are asked for
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _LAZY:
+        return _import_module(f"kljax.{name}")
+    raise AttributeError(f"module 'kljax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 try:
     __version__ = _version("kljax")

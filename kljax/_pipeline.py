@@ -24,10 +24,22 @@ from kljax._engine.representation import (
     without_heads,
 )
 from kljax._engine.rowwise import Run
+from kljax._engine.terms import weigh
 from kljax._engine.top_k import TopKInput, coarsen
 from kljax._reading import Held, Input, Sides
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName, Reduction
+
+OPTIONS = (
+    "axis",
+    "where",
+    "temperature",
+    "weights",
+    "reduction",
+    "normalizer",
+    "axis_name",
+    "implementation",
+)
 
 
 class Formula(NamedTuple):
@@ -38,6 +50,8 @@ class Formula(NamedTuple):
     term: Term
     normalized: Term | None = None  # serves where the library normalised every side
     slope_sums: tuple[float | None, ...] = ()  # of `normalized`, as in Spec
+    needs_mass: bool = False  # infinite where targets are 0
+    linear: int | None = None  # as in Spec
 
 
 class Plan(NamedTuple):
@@ -58,10 +72,18 @@ class Given(NamedTuple):
 
 
 def evaluate(
+    formula: Formula, distributions: Any, *, params: dict[str, Any] | None = None, **options: Any
+) -> Array:
+    """One value per example, or one number; a misspelt option is told the nearest."""
+    checks.require_options(formula.name, options, OPTIONS)
+    return _evaluate(formula, distributions, params=params or {}, **options)
+
+
+def _evaluate(
     formula: Formula,
     distributions: tuple[ArrayLike | Distribution | Held, ...],
     *,
-    term_params: tuple[Any, ...] = (),
+    params: Any = (),
     axis: int | Iterable[int] = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
@@ -72,11 +94,9 @@ def evaluate(
     implementation: Implementation | None = None,
 ) -> Array:
     """One value per example, or one number: check everything that is static, then run."""
-    plan, given = _prepare(
-        formula, distributions, term_params, axis, where, temperature, implementation
-    )
+    plan, given = _prepare(formula, distributions, params, axis, where, temperature, implementation)
     weights, normalizer = reductions.prepare(
-        formula.name, plan.sides.layout.batch, weights, reduction, normalizer, axis_name
+        formula.name, plan.sides.layout, weights, reduction, normalizer, axis_name
     )
     run = _run_jitted if closures.is_pure(plan.spec.term) else _run
     return run(plan, reduction, axis_name, given, weights, normalizer)
@@ -117,7 +137,26 @@ def _each_example(spec: Spec, operands: Operands) -> tuple[Array, tuple[()]]:
 
 def example_values(spec: Spec, operands: Operands) -> Array:
     """One value per example, from sides whose heads are logits by now."""
-    return dense.rows(*coarsen(without_heads(spec), operands))
+    spec = without_heads(spec)
+    if isinstance(operands.params, dict) and SMOOTHING in operands.params:
+        return _smoothed(spec, operands._replace(params=()), operands.params[SMOOTHING])
+    return dense.rows(*coarsen(spec, operands))
+
+
+SMOOTHING = "label_smoothing"
+
+
+def _smoothed(spec: Spec, operands: Operands, smoothing: Array) -> Array:
+    """The cross-entropy with labels, and with the uniform distribution over all classes."""
+    values = dense.rows(spec, operands)
+    (x, _), where, scale = operands.inputs, operands.where, operands.scale
+    classes = jnp.ones(x.shape, bool) if where is None else jnp.broadcast_to(where, x.shape)
+    count = jnp.maximum(jnp.sum(classes, axis=spec.axis), 1).astype(values.dtype)
+    share = 1 / count if scale is None else scale / count
+    uniform = Spec(lambda log, *_: -log[0], spec.kinds[:1], spec.axis)
+    uniform = dense.rows(uniform, operands._replace(inputs=(x,), scale=share))
+    smoothing = smoothing.astype(values.dtype)
+    return weigh(1 - smoothing, values) + weigh(smoothing, uniform)
 
 
 def evaluate_elements(
@@ -146,8 +185,12 @@ def choose_spec(
     """What to compute: with the non-negative term where all sides are normalised here."""
     for side in held:
         if side.kind == "top_k":
-            checks.require_tail(formula.name, side.value.tail)
-    spec = Spec(formula.term, tuple(side.kind for side in held), axis)
+            given = side.value
+            checks.require_tail(
+                formula.name, given.tail, given.log_tail is not None, formula.needs_mass
+            )
+    kinds = tuple(side.kind for side in held)
+    spec = Spec(formula.term, kinds, axis, linear=formula.linear)
     normalized = all(
         side.value.tail != "truncate"
         if isinstance(side.value, TopKInput)

@@ -265,7 +265,9 @@ def _check_values(
         if kind == "labels":
             value_checks.check_labels(name, x, live, layout.classes[0])
         elif kind == "top_k":
-            value_checks.check_top_k(which, x.indices, x.log_probs, live, layout.classes[0])
+            value_checks.check_top_k(
+                which, x.indices, x.log_probs, x.log_tail, x.tail, live, layout.classes[0]
+            )
         elif kind != "head":  # whose logits are never held as a whole
             present = live if operands.where is None else operands.where
             if live is not None and operands.where is not None:

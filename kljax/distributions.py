@@ -4,18 +4,21 @@ import json
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from jax import export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 from jax.typing import ArrayLike
 
 from kljax._engine.top_k import Tail
 
+T = TypeVar("T")
+
 _STATIC = ("softcap", "tail")
 
 
-def _pytree(cls: type) -> type:
+def _pytree(cls: type[T]) -> type[T]:
     """Register a class of arrays and static options.
 
     A temperature that is a plain number is static too: it does not become one per example when
@@ -190,6 +193,12 @@ class TopK:
     log_tail: ArrayLike | None = None
     temperature: ArrayLike | None = None
     tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        """A cache written with ``np.savez`` reads static options back as arrays without axes."""
+        for name, value in (("tail", self.tail), ("temperature", self.temperature)):
+            if isinstance(value, np.ndarray) and value.ndim == 0:
+                object.__setattr__(self, name, value.item())
 
 
 Distribution = Logits | LogProbs | Probs | Head | TopK

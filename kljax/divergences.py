@@ -14,6 +14,8 @@ as for the user's own. How a call flows:
 Predictions s come first and targets t second, except in `kl(p, q)`.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
@@ -25,8 +27,8 @@ from jax.typing import ArrayLike
 from kljax import _pipeline
 from kljax._engine import checks, value_checks
 from kljax._engine.dispatch import Implementation
+from kljax._engine.representation import Term
 from kljax._engine.terms import (
-    log_difference,
     log_mixture,
     term_cross_entropy,
     term_entropy,
@@ -35,7 +37,7 @@ from kljax._engine.terms import (
     term_kl,
     weigh,
 )
-from kljax._pipeline import Formula
+from kljax._pipeline import SMOOTHING, Formula
 from kljax._reading import Held
 from kljax.distributions import Distribution
 from kljax.reduction import AxisName, Reduction
@@ -61,29 +63,25 @@ class Request(NamedTuple):
     """What a call of a divergence asks for: a formula, and what its term is given besides."""
 
     formula: Formula
-    params: tuple[Any, ...]
+    params: dict[str, Any]
 
 
-class Divergence(Protocol):
-    """A loss from two distributions."""
+class DivergenceFn(Protocol):
+    """A loss from two distributions, as `divergence` makes it; its own parameters are keywords."""
 
-    def __call__(
-        self,
-        predictions: Given,
-        targets: Given,
-        *,
-        params: tuple[Any, ...] = (),
-        **options: Unpack[Options],
-    ) -> Array: ...
+    def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array: ...
 
-    def request(self, *, params: tuple[Any, ...] = ()) -> Request:
+    def request(self, **params: Any) -> Request:
         """What a call would ask for."""
         ...
 
 
 def divergence(
-    term: Callable[..., Array], *, normalized: Callable[..., Array] | None = None
-) -> Divergence:
+    term: Callable[..., Array],
+    *,
+    normalized: Callable[..., Array] | None = None,
+    needs_mass: bool = False,
+) -> DivergenceFn:
     r"""Make a divergence from a term; also a decorator.
 
     .. math:: D = \sum_i f(\log s_i, \log t_i)
@@ -93,65 +91,88 @@ def divergence(
 
     Zeros: -inf reaches the term and is its own to answer for; the exported pieces (`term_kl`,
     `term_cross_entropy`, `log_mixture`, …) do. Masked classes never reach it.
-    Gradients: to both sides, to ``params`` and to arrays that the term captures, in every mode.
+    Gradients: to both sides, to the parameters and to arrays that the term captures, in every mode.
     Make a divergence once, for a new function is compiled anew. A term that captures anything but
     functions is not cached by the library's own ``jit``: call its divergence inside yours.
     Globals that a term reads must not change, as under ``jit``.
 
     Args:
-        term: ``term(log_pred, log_target, *params)``, the contribution of each class.
-        normalized: A term of the same sum for two sides that the library itself normalised, as
-            ``normalized(log_pred, log_target, log_ratio, *params)``. ``log_ratio`` is
+        term: ``term(log_pred, log_target, *, <its parameters>)``, the contribution of each class.
+            Its keyword-only arguments become keywords of the divergence, which may be traced.
+        normalized: A term of the same sum and parameters for two sides that the library itself
+            normalised, as ``normalized(log_pred, log_target, log_ratio, *, …)``. ``log_ratio`` is
             log pred - log target before these were rounded: with `term_generalized_kl` it keeps
             a divergence accurate near equality.
+        needs_mass: It is infinite where targets are 0, so that a `TopK` teacher must know what
+            mass is outside the k classes.
 
     Returns:
-        ``f(predictions, targets, *, params=(), <options of forward_kl>)``.
+        ``f(predictions, targets, *, <its parameters>, <options of forward_kl>)``.
 
     Raises:
         ValueError: When called, if the term does not return one contribution per class.
+            TypeError: for an unknown option or parameter.
 
     Example:
         >>> import jax.numpy as jnp, kljax
         >>> @kljax.divergence
-        ... def squared_hellinger(log_s, log_t):
-        ...     return 0.5 * (jnp.exp(0.5 * log_s) - jnp.exp(0.5 * log_t)) ** 2
-        >>> print(f"{squared_hellinger(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0])):.4f}")
+        ... def power(log_s, log_t, *, gamma=0.5):
+        ...     return gamma * (jnp.exp(gamma * log_s) - jnp.exp(gamma * log_t)) ** 2
+        >>> print(f"{power(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0])):.4f}")
         0.2929
+        >>> print(f"{power(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0]), gamma=1.0):.4f}")
+        0.5000
 
     Source: the f-divergences of Csiszár and Shields, Information Theory and Statistics: A
     Tutorial (2004), section 4.
     """
-    return _divergence(term, normalized)
+    return _Made(term, normalized, needs_mass)
 
 
-def _divergence(
-    term: Callable[..., Array],
-    normalized: Callable[..., Array] | None,
-    slope_sums: tuple[float | None, ...] = (),
-) -> Divergence:
-    name = getattr(term, "__name__", "divergence")
-    formula = Formula(
-        "divergence" if name == "<lambda>" else name,
-        ("predictions", "targets"),
-        lambda log_probs, _, params: term(*log_probs, *params),
-        normalized and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, *params)),
-        slope_sums,
-    )
+class _Made:
+    """A divergence made of a user's term."""
 
-    def compute(
-        predictions: Given,
-        targets: Given,
-        *,
-        params: tuple[Any, ...] = (),
-        **options: Unpack[Options],
-    ) -> Array:
-        return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
+    __name__: str
 
-    def request(*, params: tuple[Any, ...] = ()) -> Request:
-        return Request(formula, params)
+    def __init__(
+        self, term: Callable[..., Array], normalized: Callable[..., Array] | None, needs_mass: bool
+    ):
+        self._made_of = term, normalized, needs_mass
+        name = getattr(term, "__name__", "divergence")
+        self._formula = Formula(
+            "divergence" if name == "<lambda>" else name,
+            ("predictions", "targets"),
+            lambda log_probs, _, params: term(*log_probs, **params),
+            normalized
+            and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, **params)),
+            needs_mass=needs_mass,
+        )
+        given = inspect.signature(term).parameters.values()
+        self._parameters = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+        _named_like(term, self)
 
-    return _answers(request, _named_like(term, compute))
+    def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array:
+        own = {name: options.pop(name) for name in self._parameters if name in options}
+        checks.require_options(
+            self._formula.name, options, (*self._parameters, *Options.__annotations__)
+        )
+        formula, params = self.request(**own)
+        return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+
+    def request(self, **params: Any) -> Request:
+        checks.require_options(self._formula.name, params, tuple(self._parameters))
+        whole = {**self._parameters, **params}
+        checks.require_parameters(
+            self._formula.name, [k for k, v in whole.items() if v is inspect.Parameter.empty]
+        )
+        return Request(self._formula, whole)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """As a decorator it is found by its name, otherwise made again."""
+        found: Any = sys.modules.get(self.__module__)
+        for part in self.__qualname__.split("."):
+            found = getattr(found, part, None)
+        return self.__qualname__ if found is self else (_Made, self._made_of)
 
 
 def request_of(divergence: Callable[..., Array]) -> Request | None:
@@ -161,7 +182,7 @@ def request_of(divergence: Callable[..., Array]) -> Request | None:
         given = {**divergence.keywords, **given}
         divergence = divergence.func
     request = getattr(divergence, "request", None)
-    if request is None or set(given) - set(request.__kwdefaults__ or {}):
+    if request is None or set(given) & set(Options.__annotations__):
         return None
     return request(**given)
 
@@ -177,24 +198,37 @@ def _of_kl(
     *,
     name: str | None = None,
     slope_sums: tuple[float | None, ...] = (),
-) -> Divergence:
-    """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, *params).
+    needs_mass: bool = False,
+) -> DivergenceFn:
+    """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, …).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
     library normalised; ``slope_sums`` are the latter's, as in Spec.
     """
 
-    def textbook(s: Array, t: Array, *params: Array) -> Array:
-        return normalized(s, t, log_difference(s, t), *params, kl=term_kl)
+    def of(kl: KLTerm) -> Term:
+        def term(log_probs: tuple[Array, ...], ratio: Array, params: dict[str, Array]) -> Array:
+            own = {name: param.astype(ratio.dtype) for name, param in params.items()}
+            return formula(kl, *log_probs, ratio, **own)
 
-    def normalized(
-        s: Array, t: Array, ratio: Array, *params: Array, kl: KLTerm = term_generalized_kl
-    ) -> Array:
-        return formula(kl, s, t, ratio, *(param.astype(s.dtype) for param in params))
+        return term
 
-    textbook = _named_like(formula, textbook)
-    textbook.__name__ = name or formula.__name__
-    return _divergence(textbook, normalized, slope_sums)
+    made = Formula(
+        name or formula.__name__,
+        ("predictions", "targets"),
+        of(term_kl),
+        of(term_generalized_kl),
+        slope_sums,
+        needs_mass,
+    )
+
+    def compute(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
+        return _pipeline.evaluate(made, (predictions, targets), **options)
+
+    def request(**params: Any) -> Request:
+        return Request(made, params)
+
+    return _answers(request, _named_like(formula, compute))
 
 
 def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -> Any:
@@ -260,7 +294,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio)
 
 
-@partial(_of_kl, slope_sums=(1, 0))
+@partial(_of_kl, slope_sums=(1, 0), needs_mass=True)
 def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
 
@@ -283,7 +317,7 @@ def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(s, t, -ratio)
 
 
-@_of_kl
+@partial(_of_kl, needs_mass=True)
 def jeffreys(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Jeffreys divergence, forward plus reverse KL; symmetric.
 
@@ -348,16 +382,16 @@ def jensen_shannon(
     Models (GKD, 2024), section 2.
     """
     formula, params = _ask_jensen_shannon(beta=beta, normalized=normalized)
-    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
+    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
 
 
 @partial(_of_kl, name="jensen_shannon")
-def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
+def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
     return term_jensen_shannon(t, s, beta, ratio)
 
 
 @partial(_of_kl, name="jensen_shannon")
-def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, beta: Array) -> Array:
+def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
     """J / (β(1 - β)), and at the ends its limit, to first order in β."""
     at_end = (beta == 0) | (beta == 1)
     inside = jnp.where(at_end, 0.5, beta)
@@ -400,7 +434,7 @@ def skew_forward_kl(
     (2024), section 3.1.
     """
     formula, params = _ask_skew_forward_kl(alpha=alpha)
-    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
+    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
 
 
 def skew_reverse_kl(
@@ -433,17 +467,17 @@ def skew_reverse_kl(
     (2024), section 3.1.
     """
     formula, params = _ask_skew_reverse_kl(alpha=alpha)
-    return _pipeline.evaluate(formula, (predictions, targets), term_params=params, **options)
+    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
 
 
 @partial(_of_kl, name="skew_forward_kl")
-def _skew_forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array) -> Array:
+def _skew_forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
     m, m_over_t, _ = log_mixture(t, s, alpha, ratio)
     return kl(t, m, m_over_t)
 
 
 @partial(_of_kl, name="skew_reverse_kl")
-def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, alpha: Array) -> Array:
+def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
     m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
     return kl(s, m, m_over_s)
 
@@ -455,18 +489,22 @@ def _fraction(caller: str, argument: str, value: ArrayLike) -> Array:
 
 
 def _ask_jensen_shannon(*, beta: ArrayLike = 0.5, normalized: bool = False) -> Request:
-    beta = _fraction("jensen_shannon", "beta", beta)
-    return (_jensen_shannon_scaled if normalized else _jensen_shannon).request(params=(beta,))
+    formula, _ = (_jensen_shannon_scaled if normalized else _jensen_shannon).request()
+    if normalized and checks.is_static(beta, 1):
+        formula = formula._replace(needs_mass=True)
+    return Request(formula, {"beta": _fraction("jensen_shannon", "beta", beta)})
 
 
 def _ask_skew_forward_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    alpha = _fraction("skew_forward_kl", "alpha", alpha)
-    return _skew_forward_kl.request(params=(alpha,))
+    formula, _ = _skew_forward_kl.request()
+    return Request(formula, {"alpha": _fraction("skew_forward_kl", "alpha", alpha)})
 
 
 def _ask_skew_reverse_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    alpha = _fraction("skew_reverse_kl", "alpha", alpha)
-    return _skew_reverse_kl.request(params=(alpha,))
+    formula, _ = _skew_reverse_kl.request()
+    if checks.is_static(alpha, 0):
+        formula = formula._replace(needs_mass=True)
+    return Request(formula, {"alpha": _fraction("skew_reverse_kl", "alpha", alpha)})
 
 
 _answers(_ask_jensen_shannon, jensen_shannon)
@@ -535,22 +573,39 @@ def kl_terms(
     )
 
 
-def cross_entropy(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
+def cross_entropy(
+    predictions: Given,
+    targets: Given,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    **options: Unpack[Options],
+) -> Array:
     r"""Cross-entropy H(targets, predictions); targets may be integer labels.
 
     .. math:: H(t, s) = -\sum_i t_i \log s_i = H(t) + D(t\|s)
 
     Shapes, units, options: as `forward_kl`. Integer targets have the batch shape and one class
-    axis; a temperature leaves them one-hot.
+    axis; a temperature leaves them one-hot. Any other target says what it is: one-hot or soft
+    labels are `Probs`, a teacher's logits `Logits`.
 
     Zeros: a zero target contributes 0; +inf where the prediction is zero under a positive one.
     A label out of range, or of a masked class, gives NaN; in an example of weight 0 it is never
     read.
-    Gradients: as `forward_kl`; none to labels.
+    Gradients: as `forward_kl`; none to labels. It is linear in `Probs` targets: to them it is
+    -log s, also at a zero target, but for 0 where s = 0 as well.
+
+    Args:
+        predictions: As for `forward_kl`.
+        targets: Integer labels, or a distribution as for `forward_kl`.
+        label_smoothing: ε in [0, 1], of labels only, may be traced: (1 - ε) times the
+            cross-entropy with the labels and ε times that with the uniform distribution over the
+            classes that exist.
+        **options: As for `forward_kl`.
 
     Raises:
-        ValueError: For a shape or option that does not fit. TypeError: for a dtype. Under
-            `checked` also for labels out of range.
+        ValueError: For a shape or option that does not fit, or smoothing of a distribution.
+            TypeError: for a dtype, and for bare floats as targets. Under `checked` also for
+            labels out of range.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -559,10 +614,26 @@ def cross_entropy(predictions: Given, targets: Given, **options: Unpack[Options]
 
     Source: Murphy, Probabilistic Machine Learning: An Introduction, section 6.1.2.
     """
-    if _are_labels(targets):
-        labels = checks.to_array("cross_entropy", "labels", targets)
-        return _pipeline.evaluate(LABELS, (predictions, Held("labels", labels)), **options)
-    return _pipeline.evaluate(_CROSS_ENTROPY, (predictions, targets), **options)
+    formula, params = _ask_cross_entropy(label_smoothing=label_smoothing)
+    if not isinstance(targets, Distribution):
+        labels = checks.to_array("cross_entropy", "targets", targets)
+        checks.require_said("cross_entropy", "targets", labels)
+        return _pipeline.evaluate(
+            LABELS, (predictions, Held("labels", labels)), params=params, **options
+        )
+    checks.require_no_smoothing("cross_entropy", label_smoothing)
+    return _pipeline.evaluate(formula, (predictions, targets), **options)
+
+
+def _ask_cross_entropy(*, label_smoothing: ArrayLike = 0.0) -> Request:
+    return Request(_CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
+
+
+def smoothing(caller: str, label_smoothing: ArrayLike) -> dict[str, Array]:
+    """The parameter of a cross-entropy with labels; none where there is nothing to smooth."""
+    if checks.is_static(label_smoothing, 0):
+        return {}
+    return {SMOOTHING: _fraction(caller, "label_smoothing", label_smoothing)}
 
 
 def entropy(p: Given, **options: Unpack[Options]) -> Array:
@@ -585,25 +656,23 @@ def entropy(p: Given, **options: Unpack[Options]) -> Array:
     return _pipeline.evaluate(ENTROPY, (p,), **options)
 
 
-def _are_labels(targets: Given) -> bool:
-    if isinstance(targets, Distribution):
-        return False
-    array = checks.to_array("cross_entropy", "targets", targets)
-    return jnp.issubdtype(array.dtype, jnp.integer)
-
-
 _KL = Formula(
     "kl",
     ("p", "q"),
     lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
     lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
     slope_sums=(1, 0),
+    needs_mass=True,
 )
 _KL_TERMS = _KL._replace(name="kl_terms", normalized=None, slope_sums=())
 _CROSS_ENTROPY = Formula(
     "cross_entropy",
     ("predictions", "targets"),
     lambda log, *_: term_cross_entropy(log[1], log[0]),
+    linear=1,
 )
-LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"))
+LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"), linear=None)
 ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))
+
+_answers(lambda: Request(_KL, {}), kl)
+_answers(_ask_cross_entropy, cross_entropy)

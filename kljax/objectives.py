@@ -1,5 +1,6 @@
 """Objectives: what a training step minimises, built from divergences."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,14 +20,15 @@ from kljax._engine.representation import Operands, Spec, compute_dtype, with_inf
 from kljax._engine.rowwise import Run
 from kljax._engine.top_k import TopKInput, allowed
 from kljax._reading import Held, Sides
+from kljax.distributions import Distribution, LogProbs, Probs
 from kljax.divergences import (
     ENTROPY,
     LABELS,
-    Divergence,
     Given,
     Request,
     forward_kl,
     request_of,
+    smoothing,
 )
 from kljax.reduction import AxisName, Reduction
 
@@ -46,14 +48,16 @@ class DistillationMetrics(NamedTuple):
 def distillation_loss(
     predictions: Given,
     targets: Given,
-    labels: ArrayLike | None = None,
+    labels: ArrayLike | Probs | LogProbs | None = None,
     *,
-    divergence: Divergence = forward_kl,
+    divergence: Callable[..., Array] = forward_kl,
     temperature: ArrayLike | None = None,
     scale_by_temperature: bool = True,
     soft_weight: ArrayLike = 1.0,
     hard_weight: ArrayLike = 0.0,
     label_weights: ArrayLike | None = None,
+    label_normalizer: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     axis: int | Iterable[int] = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -78,14 +82,19 @@ def distillation_loss(
     Args:
         predictions: The student: `Logits` or a bare array, `LogProbs`, `Probs`, or `Head`.
         targets: The teacher, likewise, or `TopK`; its gradient is stopped.
-        labels: Integers of the batch shape, for the hard term.
-        divergence: Any divergence of this library, or made by `divergence`.
+        labels: For the hard term: integers of the batch shape, or `Probs` or `LogProbs` of the
+            whole shape (mixup), which get a gradient.
+        divergence: One of this library, made by `divergence`, or a partial of one that binds its
+            own parameters.
         temperature: T of the soft term; None is no temperature, and T² = 1. May be traced.
         scale_by_temperature: Multiply the soft term by T², which keeps its gradient's size.
         soft_weight: Factor of the soft term; may be traced.
         hard_weight: Factor of the hard term; may be traced.
         label_weights: Weights of the hard term, with a denominator of their own: few labels,
             many examples. Default: ``weights`` and their denominator.
+        label_normalizer: With "mean", the denominator of the hard term, as ``normalizer`` is that
+            of the soft one: for micro-batches with label weights.
+        label_smoothing: ε of integer labels, as in `cross_entropy`; also in ``metrics.hard``.
         axis: The axis, or axes, that one distribution occupies.
         where: bool, which classes exist.
         weights: One per example.
@@ -113,19 +122,23 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015),
     section 2.
     """
-    checks.require_callable(_NAME, "divergence", divergence)
+    request = request_of(divergence)
+    checks.require_divergence(_NAME, "divergence", divergence, request is not None)
     sides = ("predictions", "targets")
     held = tuple(map(partial(_reading.read, _NAME), sides, (predictions, targets)))
     checks.require_no_top_k(_NAME, "predictions", held[0].kind)
     layout = _reading.read_layout(_NAME, sides, held, axis)
-    if labels is not None:
-        labels = checks.to_array(_NAME, "labels", labels)
-        checks.require_labels(_NAME, labels, layout)
-    elif not checks.is_static_zero(hard_weight):
+    held_labels = None if labels is None else _read_labels(labels, layout)
+    if isinstance(labels, Distribution):
+        checks.require_no_smoothing(_NAME, label_smoothing)
+    if labels is None and not checks.is_static(hard_weight, 0):
         checks.fail(_NAME, "labels", "given", "None", "Or set hard_weight=0.0.")
     where, temperature = _reading.read_options(_NAME, layout, where, temperature, held)
     weights, normalizer = reductions.prepare(
-        _NAME, layout.batch, weights, reduction, normalizer, axis_name
+        _NAME, layout, weights, reduction, normalizer, axis_name
+    )
+    _, label_normalizer = reductions.prepare(
+        _NAME, layout, None, reduction, label_normalizer, axis_name
     )
     dtype = compute_dtype(tuple(side.value for side in held))
     weights = jnp.ones(layout.batch, dtype) if weights is None else weights.astype(dtype)
@@ -137,31 +150,29 @@ def distillation_loss(
     hard_factor = checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype)
     if scale_by_temperature and temperature is not None:
         soft_factor = soft_factor * temperature.astype(dtype) ** 2
-    request = request_of(divergence)
     specs = _specs(request, held, temperature, layout)
-    terms = [spec.term for spec in specs if spec is not None]
+    terms = [spec.term for spec in specs]
     setup = _Setup(
-        divergence if request is None else None,
         *specs,
-        _reading.sides_of(_NAME, *_all_sides(held, labels), layout),
-        not checks.is_static_zero(soft_weight),
-        not checks.is_static_zero(hard_weight) and labels is not None,
+        _reading.sides_of(_NAME, *_all_sides(held, held_labels), layout),
+        not checks.is_static(soft_weight, 0),
+        not checks.is_static(hard_weight, 0) and labels is not None,
         reduction,
         axis_name,
-        implementation,
         _pipeline.choose_blocks(_NAME, layout, held, implementation, terms),
     )
     batch = _Batch(
-        tuple(side.value for side in _all_sides(held, labels)[1]),
-        (predictions, lax.stop_gradient(targets)) if request is None else (),
+        tuple(side.value for side in _all_sides(held, held_labels)[1]),
         where,
         temperature,
-        () if request is None else jax.tree.map(jnp.asarray, request.params),
+        jax.tree.map(jnp.asarray, request.params),
+        smoothing(_NAME, label_smoothing),
         weights,
         label_weights,
         normalizer,
+        label_normalizer,
     )
-    pure = all(map(closures.is_pure, terms if request else (divergence,)))
+    pure = all(map(closures.is_pure, terms))
     return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
 
 
@@ -171,15 +182,13 @@ _NAME = "distillation_loss"
 class _Setup(NamedTuple):
     """All that chooses code."""
 
-    other: Callable[..., Array] | None  # a divergence of which only its calls are known
-    soft: Spec | None  # at the temperature
-    plain: Spec | None  # at T = 1
+    soft: Spec  # at the temperature
+    plain: Spec  # at T = 1
     sides: Sides  # student, teacher, and labels if there are any
     has_soft: bool
     has_hard: bool
     reduction: Reduction
     axis_name: AxisName | None
-    implementation: Implementation | None
     choice: Choice
 
 
@@ -187,13 +196,14 @@ class _Batch(NamedTuple):
     """All that is traced, but for the factors of the two terms."""
 
     inputs: tuple[Any, ...]  # of each side
-    given: tuple[Any, ...]  # student and teacher as they came, for `other`
     where: Array | None
     temperature: Array | None
-    params: tuple[Any, ...]
+    params: Any
+    smoothing: dict[str, Array]
     weights: Array
     label_weights: Array | None
     normalizer: Array | None
+    label_normalizer: Array | None
 
 
 class _Examples(NamedTuple):
@@ -203,21 +213,31 @@ class _Examples(NamedTuple):
     plain: Operands | None
     labels: Array | None
     hard_scale: Array | None
+    smoothing: dict[str, Array]
+
+
+def _read_labels(labels: Any, layout: Layout) -> Held:
+    if not isinstance(labels, Distribution):
+        labels = checks.to_array(_NAME, "labels", labels)
+        checks.require_labels(_NAME, labels, layout)
+        return Held("labels", labels)
+    held = _reading.read(_NAME, "labels", labels)
+    checks.require_said_labels(_NAME, "labels", held.kind)
+    checks.require_same_batch(_NAME, "labels", held.value.shape, layout.shape)
+    return held
 
 
 def _all_sides(
-    held: tuple[Held, ...], labels: Array | None
+    held: tuple[Held, ...], labels: Held | None
 ) -> tuple[tuple[str, ...], tuple[Held, ...]]:
     if labels is None:
         return ("predictions", "targets"), held
-    return ("predictions", "targets", "labels"), (*held, Held("labels", labels))
+    return ("predictions", "targets", "labels"), (*held, labels)
 
 
 def _specs(
-    request: Request | None, held: tuple[Held, ...], temperature: Array | None, layout: Layout
-) -> tuple[Spec | None, Spec | None]:
-    if request is None:
-        return None, None
+    request: Request, held: tuple[Held, ...], temperature: Array | None, layout: Layout
+) -> tuple[Spec, Spec]:
     ask = partial(_pipeline.choose_spec, request.formula, held, axis=layout.axis)
     return ask(temperature=temperature), ask(temperature=None)
 
@@ -225,22 +245,22 @@ def _specs(
 def _distill(
     setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
 ) -> tuple[Array, DistillationMetrics]:
-    other = _other(setup, batch, soft_factor)
     sides = _assemble(setup, batch)
     student, teacher, *labels = sides.inputs
     soft_scale = _scale(setup, soft_factor * batch.weights, batch.weights, batch.normalizer)
     own = batch.weights if batch.label_weights is None else batch.label_weights
     normalizer = batch.normalizer if batch.label_weights is None else None
+    normalizer = normalizer if batch.label_normalizer is None else batch.label_normalizer
     hard_scale = _scale(setup, hard_factor * own, own, normalizer) if setup.has_hard else None
 
     inputs = (student, lax.stop_gradient(teacher))
     soft = sides._replace(inputs=inputs, scale=soft_scale)
     spec, plain_spec, plain = setup.soft, setup.plain, None
-    if spec is not None and plain_spec is not None and not closures.is_pure(spec.term):
+    if not closures.is_pure(spec.term):
         cut = setup.sides.layout.batch_axes, setup.choice
         plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None), *cut)
         spec, soft = closures.hoist(spec, soft, *cut)
-    examples = _Examples(soft, plain, labels[0] if labels else None, hard_scale)
+    examples = _Examples(soft, plain, labels[0] if labels else None, hard_scale, batch.smoothing)
     run = Run(
         partial(_each_example, setup, spec, plain_spec),
         setup.sides.layout.batch,
@@ -251,8 +271,6 @@ def _distill(
     compute = rowwise.values if setup.reduction == "none" else rowwise.total
     value, seen = compute(run, examples)
     loss, seen = reductions.total(value, setup.reduction, setup.axis_name), _Seen(*seen)
-    if other is not None:
-        loss, seen = loss + other[0], seen._replace(soft=other[1], plain=other[2])
     return loss, lax.stop_gradient(_metrics(setup, batch, seen, own))
 
 
@@ -270,23 +288,28 @@ class _Seen(NamedTuple):
 
 
 def _each_example(
-    setup: _Setup, spec: Spec | None, plain_spec: Spec | None, examples: _Examples
+    setup: _Setup, spec: Spec, plain_spec: Spec, examples: _Examples
 ) -> tuple[Array, _Seen]:
     """The loss of each example of a block, and what to log: both from the same logits."""
     soft = examples.soft
     unscaled = lax.stop_gradient(soft._replace(scale=None))
     loss = seen_soft = seen_plain = seen_hard = jnp.zeros_like(jnp.asarray(soft.scale))
-    if spec is not None and plain_spec is not None:
-        if setup.has_soft:
-            loss = loss + _pipeline.example_values(spec, soft)
-        seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
-        if soft.temperature is not None:
-            seen_plain = _at_one(plain_spec, examples.plain or unscaled, soft.temperature)
+    if setup.has_soft:
+        loss = loss + _pipeline.example_values(spec, soft)
+    seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
+    if soft.temperature is not None:
+        seen_plain = _at_one(plain_spec, examples.plain or unscaled, soft.temperature)
     if examples.labels is not None:
         student = Operands(
-            (soft.inputs[0], examples.labels), soft.where, None, (), examples.hard_scale
+            (soft.inputs[0], examples.labels),
+            soft.where,
+            None,
+            examples.smoothing,
+            examples.hard_scale,
         )
-        hard_spec = Spec(LABELS.term, (setup.sides.kinds[0], "labels"), setup.sides.layout.axis)
+        kinds = (setup.sides.kinds[0], setup.sides.kinds[2])
+        linear = None if kinds[1] == "labels" else 1
+        hard_spec = Spec(LABELS.term, kinds, setup.sides.layout.axis, linear=linear)
         if setup.has_hard:
             loss = loss + _pipeline.example_values(hard_spec, student)
         seen_hard = _pipeline.example_values(
@@ -313,7 +336,7 @@ def _at_one(spec: Spec, operands: Operands, temperature: Array | None) -> Array:
 def _assemble(setup: _Setup, batch: _Batch) -> Operands:
     """All sides on the axes of the whole input; a side counts where any term reads it."""
     counted = [batch.weights, batch.weights]
-    if "labels" in setup.sides.kinds:
+    if len(setup.sides.kinds) > 2:
         own = batch.weights if batch.label_weights is None else batch.label_weights
         counted = [(batch.weights != 0) | (own != 0), batch.weights, own]
     return _reading.assemble(
@@ -333,7 +356,8 @@ def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
     parts = (examples.soft, examples.plain)
     axes = [a for part in parts if part for a in _reading.batch_axes(layout, part)]
     axes += [] if examples.labels is None else [layout.batch_axes]
-    return (*axes, *([] if examples.hard_scale is None else [leading]))
+    axes += [] if examples.hard_scale is None else [leading]
+    return (*axes, *(None for _ in examples.smoothing))
 
 
 def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | None) -> Array | None:
@@ -348,37 +372,6 @@ def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | Non
         normalizer,
         setup.axis_name,
     )
-
-
-def _other(setup: _Setup, batch: _Batch, factor: Array) -> tuple[Array, Array, Array] | None:
-    """The soft term of a divergence of which only its calls are known, and its two metrics."""
-    if setup.other is None:
-        return None
-    call = partial(
-        setup.other,
-        *batch.given,
-        axis=setup.sides.layout.axis,
-        where=batch.where,
-        implementation=setup.implementation,
-    )
-    normalizer = batch.normalizer
-    if setup.reduction == "mean" and normalizer is None:
-        normalizer = reductions.total(batch.weights, "sum", setup.axis_name)
-    loss = jnp.zeros_like(batch.weights, shape=None if setup.reduction == "none" else ())
-    if setup.has_soft:
-        loss = call(
-            temperature=batch.temperature,
-            weights=factor * batch.weights,
-            reduction=setup.reduction,
-            normalizer=normalizer,
-            axis_name=setup.axis_name,
-        )
-    soft = call(temperature=batch.temperature)
-    if batch.temperature is None:
-        return loss, soft, soft
-    if setup.sides.kinds[1] == "top_k":  # it has only its own temperature
-        return loss, soft, jnp.where(batch.temperature == 1, soft, jnp.nan)
-    return loss, soft, call()
 
 
 def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> DistillationMetrics:
@@ -406,4 +399,6 @@ def _argmax(x: Any, where: Array | None, layout: Layout) -> Array:
     scores = x if where is None else jnp.where(where, with_infinity(x), -jnp.inf)
     classes_last = jnp.moveaxis(scores, layout.axis, range(-len(layout.axis), 0))
     batch = classes_last.shape[: -len(layout.axis)]
-    return jnp.argmax(classes_last.reshape(*batch, -1), axis=-1).astype(jnp.int32)
+    return jnp.argmax(classes_last.reshape(*batch, math.prod(layout.classes)), axis=-1).astype(
+        jnp.int32
+    )

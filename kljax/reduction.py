@@ -65,7 +65,8 @@ def reduce(
     """
     values = checks.to_array("reduce", "values", values)
     checks.require_float("reduce", "values", values)
-    weights, normalizer = prepare("reduce", values.shape, weights, reduction, normalizer, axis_name)
+    layout = checks.Layout(values.shape, ())
+    weights, normalizer = prepare("reduce", layout, weights, reduction, normalizer, axis_name)
     return _reduce(values, weights, normalizer, reduction=reduction, axis_name=axis_name)
 
 
@@ -86,7 +87,7 @@ def _reduce(
 
 def prepare(
     caller: str,
-    batch: tuple[int, ...],
+    layout: checks.Layout,
     weights: ArrayLike | None,
     reduction: Reduction,
     normalizer: ArrayLike | None,
@@ -96,7 +97,7 @@ def prepare(
     checks.require_choice(caller, "reduction", reduction, get_args(Reduction))
     if weights is not None:
         weights = checks.to_array(caller, "weights", weights)
-        checks.require_weights(caller, "weights", weights, batch)
+        checks.require_weights(caller, "weights", weights, layout.batch, layout.classes)
     if normalizer is not None:
         if reduction != "mean":
             expected, got = 'given with reduction="mean"', f'reduction="{reduction}"'

@@ -289,11 +289,11 @@ def test_a_term_with_params_and_captured_values(rng):
     @jax.jit
     @jax.value_and_grad
     def step(a):
-        def term(s, t, power):
+        def term(s, t, *, power):
             return a["classes"][None] * jnp.exp(power * s) * (s - t)
 
         f = kljax.divergence(term)
-        return jnp.vdot(COTANGENT, f(x, y, params=(a["power"],), implementation=blocks()))
+        return jnp.vdot(COTANGENT, f(x, y, power=a["power"], implementation=blocks()))
 
     def want(a):
         s, t = oracle.log_probs(x), oracle.log_probs(y)

@@ -96,21 +96,21 @@ def test_closed_over_values_get_gradients(rng, trace):
 TRACES = []
 
 
-def power_term(log_s, log_t, power):
+def power_term(log_s, log_t, *, power):
     TRACES.append(power)
     return jnp.exp(power * log_s) * (log_s - log_t)
 
 
 def test_params_get_gradients_without_a_new_compilation(rng):
-    """params are traced: one compilation serves every value."""
+    """Its parameters are traced: one compilation serves every value."""
     mine = kljax.divergence(power_term)
     x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))
-    mine(x, y, params=(1.0,))
+    mine(x, y, power=1.0)
     compiled = len(TRACES)
-    assert_close(mine(x, y, params=(1.0,)), kljax.reverse_kl(x, y))
-    mine(x, y, params=(2.0,))
+    assert_close(mine(x, y, power=1.0), kljax.reverse_kl(x, y))
+    mine(x, y, power=2.0)
     assert len(TRACES) == compiled
-    f = lambda power: mine(x, y, params=(power,))  # noqa: E731
+    f = lambda power: mine(x, y, power=power)  # noqa: E731
     log_s, log_t = (oracle.log_probs(z) for z in (x, y))
     want = np.sum(log_s * np.exp(2 * log_s) * (log_s - log_t))
     assert_close(jax.grad(f)(2.0), want)

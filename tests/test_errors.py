@@ -1,6 +1,7 @@
 """Bad input raises when tracing: function, argument, expected, got, remedy."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -66,7 +67,7 @@ EXACT = {
     "integer predictions": (
         lambda: kljax.forward_kl(X.astype(int), X),
         "forward_kl: predictions must be floating point; got int32. "
-        "Convert with .astype(jnp.float32).",
+        "Predictions come first, labels or targets second.",
     ),
     "integer targets": (
         lambda: kljax.forward_kl(X, jnp.zeros(8, int)),
@@ -178,7 +179,50 @@ EXACT = {
     ),
     "float labels": (
         lambda: kljax.distillation_loss(X, X, jnp.zeros(8), hard_weight=1.0),
-        "distillation_loss: labels must be integers; got float32. Soft labels go into `targets`.",
+        "distillation_loss: labels must be integers; got float32. "
+        "Wrap soft labels in Probs or LogProbs.",
+    ),
+    "bare floats as labels": (
+        lambda: kljax.cross_entropy(X, X),
+        "cross_entropy: targets must be integer labels, or a distribution that says what it is; "
+        "got bare float32. Wrap one-hot or soft labels in Probs, a teacher's logits in Logits.",
+    ),
+    "bool labels": (
+        lambda: kljax.cross_entropy(X, jnp.zeros(8, bool)),
+        "got bare bool. Convert labels with .astype(int); wrap one-hot labels in Probs, as floats.",
+    ),
+    "labels that wrap around": (
+        lambda: kljax.cross_entropy(X, np.full(8, 2**32 + 1)),
+        "cross_entropy: targets must be within int32; got int64 up to 4294967297, down to "
+        "4294967297. They would wrap around",
+    ),
+    "smoothing of a distribution": (
+        lambda: kljax.cross_entropy(X, kljax.Probs(X), label_smoothing=0.1),
+        "cross_entropy: label_smoothing must be 0 with a distribution; got 0.1.",
+    ),
+    "smoothing out of range": (
+        lambda: kljax.cross_entropy(X, jnp.zeros(8, int), label_smoothing=1.1),
+        "cross_entropy: label_smoothing must be in [0, 1]; got 1.1.",
+    ),
+    "a teacher as labels": (
+        lambda: kljax.distillation_loss(X, X, kljax.Logits(X), hard_weight=1.0),
+        "distillation_loss: labels must be integers, Probs or LogProbs; got Logits.",
+    ),
+    "soft labels of another shape": (
+        lambda: kljax.distillation_loss(X, X, kljax.Probs(X[0]), hard_weight=1.0),
+        f"distillation_loss: labels must have shape {X.shape}, like predictions; got {X[0].shape}.",
+    ),
+    "a function as divergence": (
+        lambda: kljax.distillation_loss(X, X, divergence=lambda s, t, **_: s),
+        "distillation_loss: divergence must be a divergence of kljax",
+    ),
+    "a partial that binds an option": (
+        lambda: kljax.distillation_loss(X, X, divergence=partial(kljax.forward_kl, axis=0)),
+        "distillation_loss: divergence must be a divergence of kljax",
+    ),
+    "a mask of classes as weights": (
+        lambda: kljax.forward_kl(X, X, weights=jnp.ones(X.shape[1:], bool)),
+        "A mask of classes goes into `where`.",
     ),
     "no labels": (
         lambda: kljax.distillation_loss(X, X, hard_weight=0.5),
@@ -190,8 +234,9 @@ EXACT = {
     ),
     "name of a divergence": (
         lambda: kljax.distillation_loss(X, X, divergence="forward_kl"),
-        "distillation_loss: divergence must be a divergence, such as kljax.forward_kl; "
-        "got 'forward_kl'.",
+        "distillation_loss: divergence must be a divergence of kljax, or a partial of one that "
+        "binds its own parameters; got 'forward_kl'. Make your own with kljax.divergence; "
+        "options go to the call.",
     ),
     "distillation weights": (
         lambda: kljax.distillation_loss(X, X, weights=jnp.ones((8, 1))),
@@ -215,6 +260,10 @@ TYPE_ERRORS = {
     "float mask",
     "float labels",
     "name of a divergence",
+    "bare floats as labels",
+    "bool labels",
+    "a function as divergence",
+    "a partial that binds an option",
 }
 
 
@@ -260,10 +309,21 @@ def test_options_are_keywords():
     """A third positional argument, or an unknown option, is a TypeError."""
     with pytest.raises(TypeError):
         kljax.forward_kl(X, X, -1)
-    with pytest.raises(TypeError, match="weight"):
-        kljax.forward_kl(X, X, weight=jnp.ones(8))
-    with pytest.raises(TypeError, match="params"):
-        kljax.kl(X, X, params=(1.0,))
+    for name in ("forward_kl", "kl", "entropy"):
+        message = f"{name}() has no option 'temprature'; did you mean 'temperature'?"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            getattr(kljax, name)(*(X, X)[: 1 if name == "entropy" else 2], temprature=2.0)
+    mine = kljax.divergence(mine_term)
+    with pytest.raises(
+        TypeError, match=re.escape("mine_term() has no option 'gama'; did you mean 'gamma'?")
+    ):
+        mine(X, X, gama=1.0)
+    with pytest.raises(TypeError, match="mine_term: gamma must be given; got nothing"):
+        mine(X, X)
+
+
+def mine_term(log_s, log_t, *, gamma):
+    return gamma * log_s
 
 
 def test_numpy_integers_are_axes():

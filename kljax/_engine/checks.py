@@ -5,12 +5,14 @@ directly; the rest goes through chex and obeys `chex.disable_asserts`. What can 
 values is reported by `value_checks`, and only where the user asked for it.
 """
 
+import difflib
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -48,8 +50,17 @@ def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> No
 
 def to_array(caller: str, argument: str, value: Any) -> Array:
     """Anything numeric, lists included, as a JAX array."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
+        narrow = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+        if value.max() > narrow.max or value.min() < narrow.min:
+            got = f"{value.dtype} up to {value.max()}, down to {value.min()}"
+            remedy = "They would wrap around; enable jax_enable_x64 if they are meant."
+            fail(caller, argument, f"within {narrow.dtype}", got, remedy)
     try:
         return jnp.asarray(value)
+    except OverflowError:
+        expected, remedy = "within the default integers", "Enable jax_enable_x64 if they are meant."
+        fail(caller, argument, expected, "larger ones", remedy)
     except (TypeError, ValueError) as error:
         message = _message(
             caller, argument, "an array", type(value).__name__, "Pass a JAX or NumPy array."
@@ -81,6 +92,8 @@ def require_float(caller: str, argument: str, x: Array) -> None:
     remedy = "Convert with .astype(jnp.float32)."
     if argument == "targets":
         remedy += " Integer labels go to cross_entropy."
+    if argument == "predictions" and not jnp.issubdtype(x.dtype, jnp.floating):
+        remedy = "Predictions come first, labels or targets second."
     expected = "floating point"
     _require_type(x, float, _message(caller, argument, expected, str(x.dtype), remedy))
 
@@ -99,8 +112,19 @@ def require_number(caller: str, argument: str, value: Any) -> Array:
     return value
 
 
-def require_weights(caller: str, argument: str, weights: Array, batch: Shape) -> None:
+def require_same_batch(caller: str, argument: str, shape: Shape, whole: Shape) -> None:
+    if shape != whole:
+        remedy = "Give one distribution per example."
+        fail(caller, argument, f"shape {whole}, like predictions", f"{shape}", remedy)
+
+
+def require_weights(
+    caller: str, argument: str, weights: Array, batch: Shape, classes: Shape | None = None
+) -> None:
     if weights.shape != batch:
+        if classes and weights.dtype == bool and weights.shape == classes:
+            remedy = "A mask of classes goes into `where`."
+            fail(caller, argument, f"shape {batch}, the batch shape", f"{weights.shape}", remedy)
         squeezed = tuple(n for n in weights.shape if n != 1) == tuple(n for n in batch if n != 1)
         remedy = "Give one weight per example."
         if squeezed and weights.shape[:-1] == batch:
@@ -121,9 +145,20 @@ def require_where(caller: str, where: Array, layout: Layout) -> None:
         fail(caller, "where", expected, f"{where.shape}", remedy)
 
 
+def require_said(caller: str, argument: str, x: Array) -> None:
+    """Floats that do not say what they are could be one-hot, soft labels or logits."""
+    expected = "integer labels, or a distribution that says what it is"
+    remedy = "Wrap one-hot or soft labels in Probs, a teacher's logits in Logits."
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return
+    if x.dtype == bool:
+        remedy = "Convert labels with .astype(int); wrap one-hot labels in Probs, as floats."
+    raise TypeError(_message(caller, argument, expected, f"bare {x.dtype}", remedy))
+
+
 def require_labels(caller: str, labels: Array, layout: Layout) -> None:
     message = _message(
-        caller, "labels", "integers", str(labels.dtype), "Soft labels go into `targets`."
+        caller, "labels", "integers", str(labels.dtype), "Wrap soft labels in Probs or LogProbs."
     )
     _require_type(labels, int, message)
     if len(layout.axis) != 1:
@@ -135,10 +170,29 @@ def require_labels(caller: str, labels: Array, layout: Layout) -> None:
         fail(caller, "labels", expected, f"{labels.shape}", remedy)
 
 
-def require_callable(caller: str, argument: str, value: Any) -> None:
-    if not callable(value):
-        expected = "a divergence, such as kljax.forward_kl"
-        remedy = "Make your own with kljax.divergence."
+def require_said_labels(caller: str, argument: str, kind: str) -> None:
+    if kind not in ("probs", "log_probs"):
+        got = {"logits": "Logits", "head": "Head", "top_k": "TopK"}[kind]
+        fail(caller, argument, "integers, Probs or LogProbs", got, "A teacher goes into `targets`.")
+
+
+def require_no_smoothing(caller: str, label_smoothing: Any) -> None:
+    if not is_static(label_smoothing, 0):
+        expected, remedy = "0 with a distribution", "Mix it with the uniform one yourself."
+        fail(caller, "label_smoothing", expected, f"{label_smoothing}", remedy)
+
+
+def require_parameters(caller: str, missing: list[str]) -> None:
+    if missing:
+        remedy = f"Pass {missing[0]}=…, or give it a default in the term."
+        message = _message(caller, missing[0], "given", "nothing", remedy)
+        raise TypeError(message)
+
+
+def require_divergence(caller: str, argument: str, value: Any, known: bool) -> None:
+    if not known:
+        expected = "a divergence of kljax, or a partial of one that binds its own parameters"
+        remedy = "Make your own with kljax.divergence; options go to the call."
         raise TypeError(_message(caller, argument, expected, repr(value), remedy))
 
 
@@ -266,22 +320,37 @@ def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
         fail(caller, "axis", f"the last with the {argument} given", got, "Leave axis=-1.")
 
 
-def require_tail(caller: str, tail: str) -> None:
-    """Where the targets are 0 outside K, what is infinite for it cannot be a loss."""
-    if tail == "renormalize" and caller in ("reverse_kl", "jeffreys", "kl"):
+def require_tail(caller: str, tail: str, has_log_tail: bool, needs_mass: bool) -> None:
+    """What is infinite where targets are 0 must know what mass is outside K."""
+    if needs_mass and tail == "renormalize":
         expected = "a tail that leaves the targets some mass outside the k classes"
         remedy = 'It would be infinite; use tail="bucket".'
         fail(caller, "targets.tail", expected, '"renormalize"', remedy)
+    if needs_mass and tail == "bucket" and not has_log_tail:
+        remedy = (
+            "What log_probs lack from 1 is rounding noise where the teacher is confident, and the "
+            "loss infinite where that is nothing: store log_tail, which kljax.top_k returns."
+        )
+        fail(caller, "targets.log_tail", 'given with tail="bucket"', "None", remedy)
 
 
 def require_same_temperature(caller: str, taken_at: Any, temperature: Any) -> None:
     """A cached top-k cannot be given another; what is not known yet is a value check."""
     one, other = (1.0 if value is None else value for value in (taken_at, temperature))
-    expected = f"the {taken_at} that the top-k was taken at"
+    expected = f"{1.0 if taken_at is None else taken_at}, what the top-k was taken at"
     remedy = "A cached top-k cannot be given another: take it anew with top_k(…, temperature=…)."
     known = _is_static(one) and _is_static(other)
     if known and np.any(np.asarray(one, np.float32) != np.asarray(other, np.float32)):
         fail(caller, "temperature", expected, f"{temperature}", remedy)
+
+
+def require_options(caller: str, given: Iterable[str], known: Collection[str]) -> None:
+    """A misspelt option is told the nearest one."""
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            message = f"{caller}() has no option {name!r}; did you mean {nearest[0]!r}? "
+            raise TypeError(message + "It has " + ", ".join(known) + ".")
 
 
 def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
@@ -314,13 +383,11 @@ def _fail_shape(caller: str, argument: str, shape: Shape, other: str, layout: La
 
 
 def _require_type(x: Array, kind: type, message: str) -> None:
-    chex.assert_type(
-        x,
-        kind,
-        custom_message=message,
-        include_default_message=False,
-        exception_type=TypeError,
-    )
+    """By chex, in our words alone: it puts its own before them."""
+    try:
+        chex.assert_type(x, kind)
+    except AssertionError:
+        raise TypeError(message) from None
 
 
 def _require_real(x: Array, message: str) -> None:
@@ -337,9 +404,9 @@ def _message(caller: str, argument: str, expected: str, got: str, remedy: str) -
     return f"{caller}: {argument} must {verb} {expected}; got {got}. {remedy}"
 
 
-def is_static_zero(value: Any) -> bool:
-    """Whether an option is known to be 0 while tracing."""
-    return _is_static(value) and np.shape(value) == () and value == 0
+def is_static(value: Any, number: float) -> bool:
+    """Whether an option is known to be this number while tracing."""
+    return _is_static(value) and np.shape(value) == () and bool(value == number)
 
 
 def is_known_size(n: Any) -> bool:
@@ -387,6 +454,11 @@ def require_wide_float(caller: str, argument: str, x: Array) -> None:
     expected = "floating point of at least 16 bits"
     if not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1):
         raise TypeError(_message(caller, argument, expected, str(x.dtype), remedy))
+
+
+def require_integer(caller: str, argument: str, x: Array) -> None:
+    message = _message(caller, argument, "integers", str(x.dtype), "Convert with .astype(int).")
+    _require_type(x, int, message)
 
 
 def require_bool(caller: str, argument: str, value: Any) -> None:

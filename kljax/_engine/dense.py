@@ -22,7 +22,7 @@ from kljax._engine.representation import (
     to_input,
     view,
 )
-from kljax._engine.terms import weigh
+from kljax._engine.terms import nan_unless, weigh
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -33,7 +33,7 @@ def rows(spec: Spec, operands: Operands) -> Array:
     values = jnp.sum(contributions, axis=spec.axis)
     for side in seen.sides:
         if side.is_class is not None:  # not as NaN log-probabilities: XLA:CPU folds exp(NaN)
-            values = jnp.where(side.is_class, values, jnp.nan)
+            values = nan_unless(side.is_class, values)
     return values if operands.scale is None else weigh(operands.scale, values)
 
 
@@ -66,7 +66,7 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
             # An infinite divergence has no derivative to the side with mass where the other has
             # none: NaN for the whole row, whose finite entries would be the gradient of nothing.
             invalid = jnp.expand_dims(jnp.isnan(values), spec.axis) | ~jnp.isfinite(total)
-            total = jnp.where(invalid, jnp.nan, total)
+            total = nan_unless(~invalid, total)
         if softmax is not None:
             slope = slope - jnp.exp(side.log_probs) * total
         else:
@@ -79,7 +79,12 @@ def _rows_jvp(spec: Spec, primals: tuple[Operands], tangents: tuple[Any]) -> tup
                 values_dot -= jnp.sum(along, axis=spec.axis)
         if _moves(x_dot):
             kind, x = spec.kinds[i], operands.inputs[i]
-            along = _along(kind, to_input(kind, slope, x), _present(there, x_dot))
+            coefficient = to_input(kind, slope, x)
+            if spec.linear == i and side.probs is not None:
+                coefficient = _present(
+                    there, _linear_slope(spec, seen, operands.params, i, coefficient)
+                )
+            along = _along(kind, coefficient, _present(there, x_dot))
             values_dot += jnp.sum(along, axis=spec.axis)
 
     if operands.scale is None:
@@ -143,6 +148,14 @@ def _slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int) -> Array:
     ones = jnp.ones_like(seen.log_ratio)
     sign = 1 if i == 0 else -1
     return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
+
+
+def _linear_slope(spec: Spec, seen: View, params: tuple[Any, ...], i: int, slope: Array) -> Array:
+    """The derivative of p · g(log q) to p itself: where p = 0 too it is g, but for q = 0."""
+    certain = (*seen.log_probs[:i], jnp.zeros_like(seen.log_ratio), *seen.log_probs[i + 1 :])
+    g = _term(spec, seen._replace(log_probs=certain), params)
+    at_zero = jnp.where(jnp.isneginf(seen.log_probs[1 - i]), 0, g)
+    return jnp.where(seen.sides[i].probs == 0, at_zero, slope)
 
 
 def _slope_after(

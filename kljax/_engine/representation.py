@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from kljax._engine import meshes, statistics
 from kljax._engine.statistics import RowState
-from kljax._engine.terms import log_difference
+from kljax._engine.terms import log_difference, log_ratio_of_probs
 
 Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 
@@ -38,6 +38,7 @@ class Spec(NamedTuple):
     # What the term's derivatives to each side's log-probabilities sum to, in units of the value;
     # None where that is not known beforehand, as for all sides by default.
     slope_sums: tuple[float | None, ...] = ()
+    linear: int | None = None  # the side p of a term p · g(log q)
 
 
 class Operands(NamedTuple):
@@ -64,6 +65,7 @@ class Side(NamedTuple):
     log_probs: Array
     softmax: Softmax | None = None  # None where the user's word was taken
     is_class: Array | None = None  # of labels: whether each names a class, if any is left
+    probs: Array | None = None  # where the user's word was taken for probabilities
 
 
 class View(NamedTuple):
@@ -150,7 +152,7 @@ def _side(
         x = jnp.where(operands.where, x, least)
     logs = _log(x.astype(dtype)) if kind == "probs" else x.astype(dtype)
     if not normalizes(kind, operands.temperature):
-        return Side(logs, logs)
+        return Side(logs, logs, probs=x.astype(dtype) if kind == "probs" else None)
     return _normalize(logs if kind == "probs" else x, logs, operands, axis, state)
 
 
@@ -180,19 +182,25 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
         return jnp.zeros_like(sides[0].log_probs)
     a, b = sides
     if a.softmax is None or b.softmax is None:
-        return log_difference(a.log_probs, b.log_probs)
+        ratio = log_difference(a.log_probs, b.log_probs)
+        if a.probs is None or b.probs is None:
+            return ratio
+        return log_ratio_of_probs(*jnp.broadcast_arrays(a.probs, b.probs, ratio))
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
     (a_peak, a_mass), (b_peak, b_mass) = a.softmax.state, b.softmax.state
     shift = a_peak - b_peak
     near = jnp.abs(shift) < _NEAR_PEAKS
     a_below = a.logs - jnp.where(near, 0, a_peak)
     b_below = b.logs - jnp.where(near, 0, b_peak)
+    both_zero = jnp.isneginf(a.logs) & jnp.isneginf(b.logs)
+    a_below, b_below = (jnp.where(both_zero, 0, below) for below in (a_below, b_below))
     difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = statistics.scale(difference, 1 / temperature)
-    excess = (a_mass - b_mass) / b_mass
-    both_zero = jnp.isneginf(a.logs) & jnp.isneginf(b.logs)
-    return jnp.where(both_zero, 0, difference - jnp.log1p(excess))
+    # From the smaller mass, so that to exchange the sides changes the sign and nothing else.
+    less = jnp.minimum(a_mass, b_mass)
+    masses = jnp.log1p((a_mass - less) / less) - jnp.log1p((b_mass - less) / less)
+    return jnp.where(both_zero, 0, difference - masses)
 
 
 def _one_hot(

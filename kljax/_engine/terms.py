@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 # Below this |log q - log p| the direct forms of KL and Jensen-Shannon terms round: a series serves.
 _SERIES_BOUND = 0.5
@@ -23,6 +24,23 @@ def log_difference(log_a: Array, log_b: Array) -> Array:
     """log a - log b, with 0 where both are log 0."""
     both_zero = jnp.isneginf(log_a) & jnp.isneginf(log_b)
     return jnp.where(both_zero, 0, log_a) - jnp.where(both_zero, 0, log_b)
+
+
+def log_ratio_of_probs(a: Array, b: Array, log_ratio: Array) -> Array:
+    """log a - log b from the probabilities' difference where they are close, else as given."""
+    excess = a - b
+    near = (jnp.abs(excess) <= 0.5 * b) & (b > 0)
+    z = jnp.where(near, excess, 0) / jnp.where(near, b, 1)
+    return jnp.where(near, z + _log1p_minus(z), log_ratio)
+
+
+def nan_unless(valid: Array, value: Array) -> Array:
+    """The value where it is valid, else NaN: made by arithmetic, and only where it is due.
+
+    A NaN constant would stop a user who looks for NaN with ``jax_debug_nans``.
+    """
+    infinite, one = jnp.where(valid, 0, jnp.inf), jnp.where(valid, 1, 0)
+    return jnp.where(valid, value, (infinite * one).astype(value.dtype))
 
 
 def _times_exp(log_p: Array, x: Array) -> Array:
@@ -40,7 +58,7 @@ def weigh(weight: Array, value: Array) -> Array:
 
 @jax.custom_jvp
 def _weigh(weight: Array, value: Array) -> Array:
-    return jnp.where(weight == 0, 0, value * weight)
+    return weight * jnp.where(weight == 0, 0, value)
 
 
 @_weigh.defjvp
@@ -128,8 +146,10 @@ def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
 
 def _generalized(p: Array, q: Array, d: Array) -> Array:
     # d is -inf where only q = 0, even if p is too small for its dtype, and inf where only p = 0.
-    product = jnp.where(jnp.isinf(d), jnp.minimum(d, 0), p * d)
-    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * _expm1_minus(d), (q - p) - product)
+    infinite = jnp.isinf(d)
+    product = jnp.where(infinite, jnp.minimum(d, 0), p * jnp.where(infinite, 0, d))
+    near = jnp.abs(d) < _SERIES_BOUND
+    return jnp.where(near, p * _expm1_minus(jnp.where(near, d, 0)), (q - p) - product)
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -149,7 +169,9 @@ def _generalized_kl_jvp(primals, tangents):
 def _probability_difference(log_p: Array, log_q: Array, d: Array) -> Array:
     """q - p, without cancellation where the two are close."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    return jnp.where(jnp.abs(d) < _SERIES_BOUND, p * (d + _expm1_minus(d)), q - p)
+    near = jnp.abs(d) < _SERIES_BOUND
+    d = jnp.where(near, d, 0)
+    return jnp.where(near, p * (d + _expm1_minus(d)), q - p)
 
 
 @_probability_difference.defjvp
@@ -236,8 +258,10 @@ def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     over_a, over_b = _log_over(w, r)
     textbook = weigh(w * a, -over_a) + weigh((1 - w) * b, -over_b)
-    near = jnp.where(w >= 0.5, a, b) * _near_mixture(*_from_heavy(w, r))
-    return jnp.where(jnp.abs(r) < _SERIES_BOUND, near, textbook)
+    near = jnp.abs(r) < _SERIES_BOUND
+    close = jnp.where(near, r, 0)
+    heavy = jnp.where(_a_is_heavy(w, close), a, b)
+    return jnp.where(near, heavy * _near_mixture(*_from_heavy(w, close)), textbook)
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)
@@ -272,7 +296,7 @@ def _near_mixture(light: Array, ratio: Array) -> Array:
 
 
 def log_mixture(
-    log_a: Array, log_b: Array, weight: Array, log_ratio: Array | None = None
+    log_a: Array, log_b: Array, weight: ArrayLike, log_ratio: Array | None = None
 ) -> tuple[Array, Array, Array]:
     r"""The log of a mixture m of two distributions, and its log-ratios to both.
 
@@ -317,7 +341,9 @@ def log_mixture(
 def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
     over_a, over_b = _log_over(w, r)
     # Stepping from the larger side never adds inf to -inf.
-    return jnp.where(r > 0, log_b + over_b, log_a + over_a), over_a, over_b
+    from_b = r > 0
+    log_m = jnp.where(from_b, log_b, log_a) + jnp.where(from_b, over_b, over_a)
+    return log_m, over_a, over_b
 
 
 @partial(_log_mixture.defjvp, symbolic_zeros=True)
@@ -350,13 +376,14 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
 
     exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
     close = jnp.abs(ratio) < _SERIES_BOUND
-    z = light * jnp.where(close, ratio + _expm1_minus(ratio), exp_ratio - 1)
+    small = jnp.where(close, ratio, 0)
+    z = light * jnp.where(close, small + _expm1_minus(small), exp_ratio - 1)
     log1p_z = jnp.where(
         jnp.abs(z) < _LOG1P_BOUND, z + _log1p_minus(z), jnp.log(heavy + light * exp_ratio)
     )
     over_heavy = jnp.where(only_light, ratio + jnp.log(light), log1p_z)
     over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
-    a_is_heavy = w >= 0.5
+    a_is_heavy = _a_is_heavy(w, r)
     return (
         jnp.where(a_is_heavy, over_heavy, over_light),
         jnp.where(a_is_heavy, over_light, over_heavy),
@@ -365,7 +392,12 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
 
 def _from_heavy(w: Array, r: Array) -> tuple[Array, Array]:
     """The weight of the side of less weight, and the log of its ratio to the other."""
-    return jnp.minimum(w, 1 - w), jnp.where(w >= 0.5, r, -r)
+    return jnp.minimum(w, 1 - w), jnp.where(_a_is_heavy(w, r), r, -r)
+
+
+def _a_is_heavy(w: Array, r: Array) -> Array:
+    """Which side has more weight; of equal ones the more probable, so that the order is nothing."""
+    return (w > 0.5) | ((w == 0.5) & (r <= 0))
 
 
 def _log1p_minus(z: Array) -> Array:

@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from kljax._engine import meshes
 from kljax._engine.representation import Operands, Spec, compute_dtype, log_probs_of
+from kljax._engine.terms import nan_unless
 
 Tail = Literal["bucket", "renormalize", "renormalize_both", "truncate"]
 
@@ -66,7 +67,7 @@ def coarsen(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
     inputs = _on_few_classes(sides, given.tail, lost)
     kinds = ("log_probs",) * len(inputs)
-    few_spec = spec._replace(kinds=kinds, axis=(classes,), slope_sums=())
+    few_spec = spec._replace(kinds=kinds, axis=(classes,), slope_sums=(), linear=None)
     return few_spec, operands._replace(inputs=tuple(inputs), where=None, temperature=None)
 
 
@@ -84,7 +85,7 @@ def _split(log_probs: Array, indices: Array, valid: Array, taken: Array) -> _See
     log_probs = jnp.broadcast_to(log_probs, taken.shape)
     inside = _inside(indices, taken.shape[-1])
     best = meshes.take(log_probs, jnp.where(valid & inside, indices, 0))
-    best = jnp.where(inside, best, jnp.nan)
+    best = nan_unless(inside, best)
     rest = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
     return _Seen(jnp.where(valid, best, -jnp.inf), rest)
 

@@ -158,7 +158,13 @@ def check_labels(caller: str, labels: Array, live: Array | None, classes: int) -
 
 @_on_demand
 def check_top_k(
-    which: str, indices: Array, log_probs: Array, live: Array | None, classes: int
+    which: str,
+    indices: Array,
+    log_probs: Array,
+    log_tail: Array | None,
+    tail: str,
+    live: Array | None,
+    classes: int,
 ) -> None:
     """Report a cache of something else than log-probabilities of classes."""
     counted = ~jnp.isneginf(log_probs)
@@ -168,6 +174,20 @@ def check_top_k(
     inside = (indices >= 0) & (indices < classes)
     checkify.check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {classes})")
     checkify.check(~jnp.any(jnp.isnan(log_probs) & counted), f"{which} hold NaN")
+    ordered = jnp.sort(jnp.where(counted, indices, -1), axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    message = f"{which}: indices must be distinct; pad with a log-probability of -inf"
+    checkify.check(~jnp.any(twice), message)
+    if tail == "truncate":  # a sample's weights are no probabilities
+        return
+    mass = jnp.sum(jnp.where(counted, jnp.exp(log_probs), 0), axis=-1)
+    known = jnp.any(counted, axis=-1)
+    if log_tail is not None:
+        mass = mass + jnp.exp(log_tail.astype(mass.dtype))
+    off = jnp.abs(mass - 1) if log_tail is not None else jnp.maximum(mass - 1, 0)
+    off = jnp.max(jnp.where(known, off, 0), initial=0)
+    message = f"{which} hold log-probabilities of more or less than 1 together, {{off}} off"
+    checkify.check(off <= _SLACK, message, off=off)
 
 
 @_on_demand

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+import kljax
 from kljax._engine import checks
 from kljax._engine.terms import term_generalized_kl, term_kl
 from kljax.compat import _elements as elements
@@ -181,6 +182,111 @@ def _softmax_cross_entropy(
     # Not `term_cross_entropy`: the gradient to a label of 0 is -log q here, not 0.
     masked = (t == 0) & jnp.isneginf(log_q)
     return -jnp.sum(t * jnp.where(masked, 0, log_q), axes).astype(dtype)
+
+
+def safe_softmax_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
+    r"""Optax's ``safe_softmax_cross_entropy``: `softmax_cross_entropy` over the last axis.
+
+    .. math:: -\sum_i t_i \log \mathrm{softmax}(x)_i
+
+    Shapes, units (nats), errors: as `softmax_cross_entropy`.
+
+    Zeros: as there, a label of 0 under a logit of -inf contributes 0.
+    Gradients: to both, in every mode, also beside a logit of -inf (Optax: NaN in forward mode).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from kljax.compat import optax
+        >>> logits, labels = jnp.array([1.0, -jnp.inf, 1.0]), jnp.array([1, 0, 0])
+        >>> print(f"{optax.safe_softmax_cross_entropy(logits, labels):.4f}")
+        0.6931
+
+    Source: Optax 0.2.8, optax/losses/_classification.py.
+    """
+    return softmax_cross_entropy(logits, labels)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Optax's ``softmax_cross_entropy_with_integer_labels``.
+
+    .. math:: -\log \mathrm{softmax}(x)_y
+
+    Shapes: labels lack ``axis`` and otherwise broadcast against the logits. Units: nats.
+
+    Zeros: +inf where the label's softmax is 0. A label out of range, or of a masked class, gives
+    NaN (Optax: out of range NaN, but a negative label counts from the end).
+    Gradients: to the logits, in every mode.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Integers in [0, classes).
+        axis: The axis of the classes.
+        where: bool, the elements to include; it broadcasts against the logits.
+
+    Raises:
+        ValueError: For an axis or a mask that does not fit. TypeError: for a dtype, or shapes
+            that do not broadcast.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from kljax.compat import optax
+        >>> logits, labels = jnp.zeros((2, 4)), jnp.array([3, 0])
+        >>> print(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        [1.3862944 1.3862944]
+
+    Source: Optax 0.2.8, optax/losses/_classification.py.
+    """
+    name = "softmax_cross_entropy_with_integer_labels"
+    logits = _floats(name, "logits", logits)
+    checks.require_array(name, "labels", labels, scalars=True)
+    labels = checks.to_array(name, "labels", labels)
+    checks.require_integer(name, "labels", labels)
+    (axis,) = checks.require_axis(name, logits.shape, axis)
+    classes = logits.shape[axis]
+    if where is not None:
+        where = jnp.asarray(where)
+        checks.require_mask(name, where, logits.shape)
+        where = jnp.moveaxis(jnp.broadcast_to(where, logits.shape), axis, -1)
+    x = jnp.moveaxis(logits, axis, -1)
+    checks.require_broadcastable(name, {"logits": x.shape[:-1], "labels": labels.shape}, TypeError)
+    batch = jnp.broadcast_shapes(x.shape[:-1], labels.shape)
+    x = jnp.broadcast_to(x, (*batch, classes))
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape)
+    labels = jnp.broadcast_to(labels, batch)
+    return kljax.cross_entropy(x, labels, where=where).astype(logits.dtype)
+
+
+def convex_kl_divergence(
+    log_predictions: ArrayLike,
+    targets: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Optax's deprecated name of `generalized_kl_divergence`.
+
+    .. math:: \sum_i t_i (\log t_i - \log s_i) + s_i - t_i
+
+    Shapes, units (nats), zeros, gradients, arguments, errors: as `generalized_kl_divergence`.
+
+    Zeros: as there.
+    Gradients: as there.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from kljax.compat import optax
+        >>> s, t = jnp.log(jnp.array([0.25, 0.75])), jnp.array([2.0, 0.0])
+        >>> print(f"{optax.convex_kl_divergence(s, t):.4f}")
+        3.1589
+
+    Source: Optax 0.2.8, optax/losses/_classification.py.
+    """
+    return generalized_kl_divergence(log_predictions, targets, axis, where)
 
 
 def _kl(log_q: Array, p: Array) -> Array:

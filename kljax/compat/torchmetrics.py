@@ -148,6 +148,7 @@ class _RowMetric:
         return self.reduction in ("none", None)
 
     def _add(self, values: Array) -> None:
+        values = jax.lax.stop_gradient(values)  # a state outlives the transform it is updated in
         if self._keeps_rows:
             self._rows.append(values)
         else:

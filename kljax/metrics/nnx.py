@@ -1,9 +1,10 @@
 """`kljax.metrics.Divergence` as a metric of Flax NNX."""
 
-from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -38,17 +39,24 @@ class Divergence(nnx.Metric):
     """
 
     def __init__(self, divergence: Any = kljax.forward_kl, **options: Any):
-        checks.require_callable("Divergence", "divergence", divergence)
-        self.divergence = partial(divergence, **options)  # as one object: options may hold arrays
-        self.accumulated = nnx.metrics.MetricState(metrics.Divergence.empty())
+        checks.require_divergence("Divergence", "divergence", divergence, callable(divergence))
+        self.divergence = _Bound(divergence, options)
+        self._names, leaves = _flat(metrics.Divergence.empty())
+        held = {n: nnx.metrics.MetricState(x) for n, x in zip(self._names, leaves, strict=True)}
+        self.accumulated = nnx.Dict(held)
 
     @property
     def state(self) -> metrics.Divergence:
-        return self.accumulated.get_value()
+        leaves = [self.accumulated[name].get_value() for name in self._names]
+        return jax.tree.unflatten(jax.tree.structure(metrics.Divergence.empty()), leaves)
+
+    def _set(self, state: metrics.Divergence) -> None:
+        for name, leaf in zip(*_flat(state), strict=True):
+            self.accumulated[name].set_value(leaf)
 
     def reset(self) -> None:
         """Forget every batch."""
-        self.accumulated.set_value(metrics.Divergence.empty())
+        self._set(metrics.Divergence.empty())
 
     def update(
         self,
@@ -72,16 +80,47 @@ class Divergence(nnx.Metric):
         agreement = None
         if predictions is not None and targets is not None:
             values = self.divergence(predictions, targets)
-            agreement = _agreement(predictions, targets, **self.divergence.keywords)
+            agreement = _agreement(predictions, targets, **self.divergence.options)
         given = checks.require_values("Divergence.update", values)
         if mask is not None and weights is not None:
             weights = jnp.where(jnp.asarray(mask).astype(bool), jnp.asarray(weights), 0)
         weights = mask if weights is None else weights
-        self.accumulated.set_value(self.state.update(given, weights, agreement=agreement))
+        self._set(self.state.update(given, weights, agreement=agreement))
 
     def compute(self) -> metrics.Summary:
         """Mean, extremes and agreement over all batches."""
         return self.state.compute()
+
+
+class _Bound:
+    """A divergence and its options: equal to another of the same, so that jit knows it again."""
+
+    def __init__(self, divergence: Any, options: dict[str, Any]):
+        self.divergence, self.options = divergence, options
+
+    def __call__(self, predictions: Any, targets: Any) -> Array:
+        return self.divergence(predictions, targets, **self.options)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Bound) or self.divergence is not other.divergence:
+            return False
+        mine, its = self.options, other.options
+        return mine.keys() == its.keys() and all(_same(mine[key], its[key]) for key in mine)
+
+    def __hash__(self) -> int:
+        return hash((self.divergence, tuple(self.options)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    arrays = isinstance(a, Array | np.ndarray) or isinstance(b, Array | np.ndarray)
+    return a is b if arrays else type(a) is type(b) and a == b
+
+
+def _flat(state: metrics.Divergence) -> tuple[tuple[str, ...], list[Array]]:
+    """The arrays of a state, each by a name that a checkpoint can hold."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    names = (jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in paths)
+    return tuple(names), [leaf for _, leaf in paths]
 
 
 def _agreement(
