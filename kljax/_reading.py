@@ -68,10 +68,17 @@ def _read_head(name: str, argument: str, head: Head) -> HeadInput:
         for part in ("hidden", "kernel", "bias", "scale")
         if getattr(head, part) is not None
     }
-    checks.require_head(name, argument, parts, head.softcap)
+    transposed = bool(head.transposed)
+    checks.require_head(name, argument, parts, head.softcap, transposed)
     softcap = None if head.softcap is None else float(head.softcap)
     return HeadInput(
-        parts["hidden"], parts["kernel"], parts.get("bias"), parts.get("scale"), None, softcap
+        parts["hidden"],
+        parts["kernel"],
+        parts.get("bias"),
+        parts.get("scale"),
+        None,
+        softcap,
+        transposed,
     )
 
 
@@ -101,7 +108,7 @@ def shape_of(side: Held) -> tuple[int, ...]:
     """Batch and classes."""
     value = side.value
     if isinstance(value, HeadInput):
-        return (*value.hidden.shape[:-1], value.kernel.shape[-1])
+        return (*value.hidden.shape[:-1], value.kernel.shape[value.class_axis])
     return value.shape
 
 
@@ -194,7 +201,8 @@ def _without_masked(head: HeadInput, where: Array | None) -> HeadInput:
         return head
     exists = jnp.any(where, axis=tuple(range(where.ndim - 1)))
     bias = None if head.bias is None else jnp.where(exists, head.bias, 0)
-    return replace(head, kernel=jnp.where(exists[None], head.kernel, 0), bias=bias)
+    of_kernel = jnp.expand_dims(exists, 1 - head.class_axis)
+    return replace(head, kernel=jnp.where(of_kernel, head.kernel, 0), bias=bias)
 
 
 def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:

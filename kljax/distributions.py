@@ -4,7 +4,7 @@ import json
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jax import export
@@ -15,7 +15,7 @@ from kljax._engine.top_k import Tail
 
 T = TypeVar("T")
 
-_STATIC = ("softcap", "tail")
+_STATIC = ("softcap", "tail", "transposed")
 
 
 def _pytree(cls: type[T]) -> type[T]:
@@ -25,7 +25,7 @@ def _pytree(cls: type[T]) -> type[T]:
     the arrays are mapped or cut. Not with `register_dataclass`: the tree structures of two such
     classes compare equal, and a trace of one would serve the other.
     """
-    names = [field.name for field in fields(cls)]
+    names = [field.name for field in fields(cast(Any, cls))]
 
     def is_static(side: Any, name: str) -> bool:
         number = isinstance(getattr(side, name), numbers.Real)
@@ -51,9 +51,17 @@ def _pytree(cls: type[T]) -> type[T]:
     return cls
 
 
+class Distribution:
+    """What every distribution is: a frozen pytree that says what it holds.
+
+    For annotations and ``isinstance``; `Logits`, `LogProbs`, `Probs`, `Head` and `TopK` are those
+    there are.
+    """
+
+
 @_pytree
 @dataclass(frozen=True, eq=False)
-class Logits:
+class Logits(Distribution):
     r"""Unnormalised log-probabilities; a bare array means the same.
 
     .. math:: p_i = \exp(x_i / T) / \sum_j \exp(x_j / T)
@@ -75,7 +83,7 @@ class Logits:
 
 @_pytree
 @dataclass(frozen=True, eq=False)
-class LogProbs:
+class LogProbs(Distribution):
     r"""Log-probabilities, taken at their word.
 
     .. math:: p_i = \exp(\ell_i)
@@ -98,7 +106,7 @@ class LogProbs:
 
 @_pytree
 @dataclass(frozen=True, eq=False)
-class Probs:
+class Probs(Distribution):
     r"""Probabilities, taken at their word.
 
     0 is allowed. They are not normalised again, unless a temperature is given. That they are
@@ -119,7 +127,7 @@ class Probs:
 
 @_pytree
 @dataclass(frozen=True, eq=False)
-class Head:
+class Head(Distribution):
     r"""Logits that a model's output head would give, never held as a whole.
 
     .. math:: z = c \tanh(s (h W + b) / c), \qquad p = \mathrm{softmax}(z / T)
@@ -131,10 +139,12 @@ class Head:
 
     Args:
         hidden: What the head is applied to, ``batch + (H,)``.
-        kernel: ``(H, V)``.
+        kernel: ``(H, V)``; or ``(V, H)`` where ``transposed``.
         bias: ``(V,)``, or None.
         softcap: c, a number; None leaves the logits as they are.
         scale: s, a scalar that may be traced; None is 1.
+        transposed: The kernel is ``(V, H)``, as an embedding table is, tied or not: no transposed
+            copy is made of it, and its gradient has its shape.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -149,11 +159,12 @@ class Head:
     bias: ArrayLike | None = None
     softcap: float | None = None
     scale: ArrayLike | None = None
+    transposed: bool = False
 
 
 @_pytree
 @dataclass(frozen=True, eq=False)
-class TopK:
+class TopK(Distribution):
     r"""A teacher's k best classes, as targets; from `top_k`, `sample_targets` or a cache.
 
     With K the given classes, the rest is one more class: :math:`1 - \sum_{i \in K} p_i`.
@@ -199,6 +210,3 @@ class TopK:
         for name, value in (("tail", self.tail), ("temperature", self.temperature)):
             if isinstance(value, np.ndarray) and value.ndim == 0:
                 object.__setattr__(self, name, value.item())
-
-
-Distribution = Logits | LogProbs | Probs | Head | TopK

@@ -133,6 +133,7 @@ class _Made:
     """A divergence made of a user's term."""
 
     __name__: str
+    __qualname__: str
 
     def __init__(
         self, term: Callable[..., Array], normalized: Callable[..., Array] | None, needs_mass: bool

@@ -122,8 +122,7 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015),
     section 2.
     """
-    request = request_of(divergence)
-    checks.require_divergence(_NAME, "divergence", divergence, request is not None)
+    request = checks.require_divergence(_NAME, "divergence", divergence, request_of(divergence))
     sides = ("predictions", "targets")
     held = tuple(map(partial(_reading.read, _NAME), sides, (predictions, targets)))
     checks.require_no_top_k(_NAME, "predictions", held[0].kind)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, tol
+from helpers import assert_close, named, tol
 
 import kljax
 from kljax._engine.terms import term_jensen_shannon
@@ -79,7 +79,7 @@ def test_never_negative_and_zero_at_equality(rng, name):
     """No rounding below 0; exactly 0 in value and gradient where both sides are equal."""
     x = (rng.normal(size=(64, 1000)) * 3).astype(np.float32)
     y = x + (rng.normal(size=x.shape) * np.logspace(-8, 0, 64)[:, None]).astype(np.float32)
-    f = getattr(kljax, name)
+    f = named(name)
     assert (f(x, y) >= 0).all()
     value, gradient = jax.value_and_grad(lambda y: f(x, y, reduction="sum"))(x)
     assert value == 0
@@ -109,7 +109,7 @@ def test_huge_logits(size, temperature):
 def test_16_bit_inputs_are_computed_in_float32(rng, name, dtype):
     """The value of the rounded inputs to float32 accuracy, and gradients in their own dtype."""
     x, y = (jnp.asarray(rng.normal(size=(3, 37)), dtype) for _ in range(2))
-    f = getattr(kljax, name)
+    f = named(name)
     wide = [np.asarray(z, np.float64) for z in (x, y)]
     value = f(x, y)
     assert value.dtype == jnp.float32
@@ -168,7 +168,7 @@ def test_derivatives_to_temperature_and_mixture(rng):
     for name in (*NON_NEGATIVE, "cross_entropy", "entropy"):
         sides = (x,) if name == "entropy" else (x, y)
         check(
-            lambda t, name=name, sides=sides: getattr(kljax, name)(*sides, temperature=t),
+            lambda t, name=name, sides=sides: named(name)(*sides, temperature=t),
             lambda t, name=name, sides=sides: oracle.divergence(name, *sides, temperature=t),
             1.7,
         )
@@ -180,7 +180,7 @@ def test_derivatives_to_temperature_and_mixture(rng):
     ]
     for name, argument, options in mixtures:
         check(
-            lambda v, n=name, a=argument, o=options: getattr(kljax, n)(x, y, **{a: v}, **o),
+            lambda v, n=name, a=argument, o=options: named(n)(x, y, **{a: v}, **o),
             lambda v, n=name, a=argument, o=options: oracle.divergence(n, x, y, **{a: v}, **o),
             0.3,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import oracle_large
 import pytest
-from helpers import assert_close
+from helpers import assert_close, named
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +36,7 @@ def compute(name):
     """The library's divergence of that name, or the one made here."""
     if name == "squared_hellinger":
         return kljax.divergence(lambda s, t: 0.5 * (jnp.exp(s / 2) - jnp.exp(t / 2)) ** 2)
-    return getattr(kljax, name)
+    return named(name)
 
 
 def side(rng, kind="logits", shape=(N, V), axis=-1):
@@ -263,7 +263,7 @@ def test_forward_mode_and_second_order(rng, name):
     weights = WEIGHTS[:7].astype(np.float64)
 
     def each(a, compute=None, **options):
-        compute = compute or partial(getattr(kljax, name), weights=weights, **options)
+        compute = compute or partial(named(name), weights=weights, **options)
         return compute(a["s"], a["t"], **{key: a[key] for key in a if key not in ("s", "t")})
 
     @partial(jax.jit, static_argnums=2)

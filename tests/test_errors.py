@@ -198,7 +198,7 @@ EXACT = {
     ),
     "smoothing of a distribution": (
         lambda: kljax.cross_entropy(X, kljax.Probs(X), label_smoothing=0.1),
-        "cross_entropy: label_smoothing must be 0 with a distribution; got 0.1.",
+        "cross_entropy: label_smoothing must be left out with a distribution; got 0.1.",
     ),
     "smoothing out of range": (
         lambda: kljax.cross_entropy(X, jnp.zeros(8, int), label_smoothing=1.1),

@@ -304,3 +304,47 @@ def test_nnx_metrics():
     nnx.grad(loss)(model, metric)
     assert metric.compute().weight_sum == 4
     assert lax.stop_gradient(metric.compute().mean) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"where": np.arange(7) != 2}, {"temperature": 2.0}])
+@pytest.mark.parametrize("implementation", [None, kljax.Chunked(rows=2)])
+def test_an_embedding_table_as_a_head(rng, options, implementation):
+    """Transposed, it gives what the transposed one gives, and a gradient of its own shape."""
+    hidden, table = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((5, 4), (7, 4)))
+    bias, teacher = jnp.arange(7.0), jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
+
+    def loss(hidden, table, bias, transposed):
+        kernel = table if transposed else table.T
+        student = kljax.Head(hidden, kernel, bias, softcap=5.0, transposed=transposed)
+        return kljax.forward_kl(
+            student, teacher, reduction="mean", implementation=implementation, **options
+        )
+
+    got, want = (
+        jax.value_and_grad(loss, (0, 1, 2))(hidden, table, bias, transposed)
+        for transposed in (True, False)
+    )
+    assert got[1][1].shape == table.shape
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)
+    with pytest.raises(ValueError, match="kernel must have shape .*Say transposed=True"):
+        kljax.entropy(kljax.Head(hidden, table))
+
+
+def test_no_copy_of_an_embedding_table():
+    hidden, table = jnp.ones((64, 32)), jnp.ones((4096, 32))
+    loss = lambda h, e: kljax.forward_kl(  # noqa: E731
+        kljax.Head(h, e, transposed=True),
+        jnp.ones((64, 4096)),
+        reduction="mean",
+        implementation=kljax.Chunked(rows=8),
+    )
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, table).compile().as_text()
+    assert "f32[32,4096]{1,0} copy" not in text
+    assert "f32[32,4096]{1,0} transpose" not in text
+
+
+def test_distributions_have_a_base():
+    few = kljax.top_k(Y, 2)
+    for side in (Logits(X), Probs(X), LogProbs(X), few, kljax.Head(X, jnp.eye(3))):
+        assert isinstance(side, kljax.Distribution)

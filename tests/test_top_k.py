@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import oracle_large
 import pytest
-from helpers import assert_close, report
+from helpers import assert_close, named, report
 
 import kljax
 
@@ -84,7 +84,7 @@ def test_every_tail(rng, tail, told, names):
             x, log_probs = a["predictions"], a.get("log_probs", kept["log_probs"])
             targets = kljax.TopK(kept["indices"], log_probs, log_tail, **options)
             params = {"temperature": 2.0, "weights": WEIGHTS} | PARAMS.get(name, {})
-            each = getattr(kljax, name)(x, targets, **params)
+            each = named(name)(x, targets, **params)
             return jnp.vdot(COTANGENT, each), each
 
         return {name: jax.grad(loss, has_aux=True)(a, name) for name in names}
@@ -123,7 +123,7 @@ def test_the_bucket_is_a_lower_bound(rng):
 
     @jax.jit
     def step(x, y):
-        f = lambda name, k: getattr(kljax, name)(x, kljax.top_k(y, k))  # noqa: E731
+        f = lambda name, k: named(name)(x, kljax.top_k(y, k))  # noqa: E731
         return {name: [f(name, k) for k in ks] for name in BOUNDED}
 
     for name, bounds in step(x, y).items():
@@ -151,7 +151,7 @@ def test_the_bucket_is_zero_at_equality(rng, temperature):
     def step(x, y):
         def loss(x, y, name):
             targets = kljax.top_k(y, K, temperature=temperature)
-            each = getattr(kljax, name)(x, targets, temperature=temperature)
+            each = named(name)(x, targets, temperature=temperature)
             return jnp.sum(each), each
 
         return {name: jax.grad(loss, (0, 1), has_aux=True)(x, y, name) for name in BOUNDED}
@@ -179,7 +179,7 @@ def test_confident_sides(rng):
     np.testing.assert_allclose(targets.log_tail, want["log_tail"], rtol=1e-5)
     np.testing.assert_allclose(targets.log_probs, want["log_probs"], atol=1e-6)
     for name in BOUNDED:
-        got = getattr(kljax, name)(x, targets)
+        got = named(name)(x, targets)
         assert_close(got, oracle_large.top_k_divergence(name, x, **want))
 
 
@@ -197,8 +197,8 @@ def test_all_classes_leave_no_rest(rng):
     step = jax.jit(step.__wrapped__, static_argnums=1)
     for name in ("forward_kl", "reverse_kl"):
         for targets in (kept, untold):
-            assert_close(getattr(kljax, name)(x, targets), oracle.divergence(name, x, y))
-            value, gradient = step(x, getattr(kljax, name), targets)
+            assert_close(named(name)(x, targets), oracle.divergence(name, x, y))
+            value, gradient = step(x, named(name), targets)
             assert_close(value, oracle.divergence(name, x, y).sum())
             assert_close(gradient, oracle.gradient(name, x, y))
 
@@ -410,7 +410,7 @@ def test_forward_mode_and_second_order(rng):
     along = {name: rng.normal(size=z.shape) for name, z in a.items()}
 
     def loss(a, name="jeffreys"):
-        return getattr(kljax, name)(a["x"], kljax.TopK(kept["indices"], a["log_probs"]))
+        return named(name)(a["x"], kljax.TopK(kept["indices"], a["log_probs"]))
 
     def want(a):
         sides = a["x"], kept["indices"], a["log_probs"]

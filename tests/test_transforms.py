@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close
+from helpers import assert_close, named
 from jax.test_util import check_grads
 
 import kljax
@@ -22,7 +22,7 @@ def test_derivative_rules_against_finite_differences(rng, name):
 
     def f(*operands):
         *sides, temperature, weights = operands
-        compute = getattr(kljax, name)
+        compute = named(name)
         return compute(*sides, temperature=temperature, weights=weights, reduction="mean")
 
     order = 2 if name == "forward_kl" else 1  # the oracle's Hessians serve the others
@@ -77,7 +77,7 @@ def test_a_shared_distribution(rng, axis):
 def test_temperature_is_a_division_of_log_probabilities(rng, name):
     """Every representation, given a temperature, becomes softmax(log-probabilities / T)."""
     x, y = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
-    f = getattr(kljax, name)
+    f = named(name)
     want = f(x / 2, y / 2)
     p = [jax.nn.softmax(z) for z in (x, y)]
     assert_close(f(x, y, temperature=2.0), want)
@@ -94,7 +94,7 @@ def test_vmap_scan_checkpoint_and_jit_agree(rng, name, kinds):
     x, y = (jnp.asarray(oracle.log_probs(rng.normal(size=(3, 4))), jnp.float32) for _ in range(2))
     x = jnp.exp(x) if kinds[0] == "probs" else x
     x, y = hold[kinds[0]](x), hold[kinds[1]](y)
-    f = getattr(kljax, name)
+    f = named(name)
 
     def batch(x):
         return f(x, y, reduction="sum")

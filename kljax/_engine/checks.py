@@ -9,7 +9,7 @@ import difflib
 import numbers
 import operator
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import chex
 import jax
@@ -19,6 +19,7 @@ from jax import Array
 from jax.core import Tracer
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -178,7 +179,7 @@ def require_said_labels(caller: str, argument: str, kind: str) -> None:
 
 def require_no_smoothing(caller: str, label_smoothing: Any) -> None:
     if not is_static(label_smoothing, 0):
-        expected, remedy = "0 with a distribution", "Mix it with the uniform one yourself."
+        expected, remedy = "left out with a distribution", "Mix it with the uniform one."
         fail(caller, "label_smoothing", expected, f"{label_smoothing}", remedy)
 
 
@@ -189,11 +190,13 @@ def require_parameters(caller: str, missing: list[str]) -> None:
         raise TypeError(message)
 
 
-def require_divergence(caller: str, argument: str, value: Any, known: bool) -> None:
-    if not known:
+def require_divergence(caller: str, argument: str, value: Any, found: T | None) -> T:
+    """What was found out about it, if it is one."""
+    if found is None:
         expected = "a divergence of kljax, or a partial of one that binds its own parameters"
         remedy = "Make your own with kljax.divergence; options go to the call."
         raise TypeError(_message(caller, argument, expected, repr(value), remedy))
+    return found
 
 
 def require_fraction(caller: str, argument: str, value: Any) -> Array:
@@ -231,7 +234,11 @@ def require_contributions(caller: str, contributions: Any, shape: Shape) -> None
 
 
 def require_head(
-    caller: str, argument: str, parts: dict[str, Array], softcap: float | None
+    caller: str,
+    argument: str,
+    parts: dict[str, Array],
+    softcap: float | None,
+    transposed: bool,
 ) -> None:
     """The parts of an output head fit each other."""
     for part, x in parts.items():
@@ -239,13 +246,19 @@ def require_head(
     hidden, kernel = parts["hidden"].shape, parts["kernel"].shape
     if not hidden:
         fail(caller, f"{argument}.hidden", "shape batch + (H,)", "()", "Its last axis is H.")
-    if len(kernel) != 2 or kernel[0] != hidden[-1]:
-        expected = f"shape ({hidden[-1]}, classes), for hidden states of shape {hidden}"
-        remedy = "Transpose it." if len(kernel) == 2 and kernel[1] == hidden[-1] else "Slice it."
+    features = 1 if transposed else 0
+    if len(kernel) != 2 or kernel[features] != hidden[-1]:
+        wanted = f"(classes, {hidden[-1]})" if transposed else f"({hidden[-1]}, classes)"
+        expected = f"shape {wanted}, for hidden states of shape {hidden}"
+        remedy = "Slice it."
+        if len(kernel) == 2 and kernel[1 - features] == hidden[-1]:
+            remedy = "Transpose it." if transposed else "Say transposed=True."
         fail(caller, f"{argument}.kernel", expected, f"{kernel}", remedy)
-    if "bias" in parts and parts["bias"].shape != kernel[1:]:
+    if "bias" in parts and parts["bias"].shape != (kernel[1 - features],):
         got, remedy = f"{parts['bias'].shape}", "It has one entry per class."
-        fail(caller, f"{argument}.bias", f"shape {kernel[1:]}, the classes", got, remedy)
+        fail(
+            caller, f"{argument}.bias", f"shape {(kernel[1 - features],)}, the classes", got, remedy
+        )
     if "scale" in parts:
         require_scalar(caller, f"{argument}.scale", parts["scale"])
     if softcap is not None and not (isinstance(softcap, numbers.Real) and softcap > 0):

@@ -18,7 +18,7 @@ Tree = Any
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "kernel", "bias", "scale", "live"],
-    meta_fields=["softcap"],
+    meta_fields=["softcap", "transposed"],
 )
 @dataclass(frozen=True)
 class HeadInput:
@@ -30,6 +30,12 @@ class HeadInput:
     scale: Array | None
     live: Array | None  # which examples count; of the others nothing that is not finite is read
     softcap: float | None
+    transposed: bool  # the kernel is [V, H]
+
+    @property
+    def class_axis(self) -> int:
+        """Of the kernel."""
+        return 0 if self.transposed else 1
 
 
 class Projected(NamedTuple):
@@ -115,6 +121,8 @@ def _pull(head: HeadInput, parts: _Parts, own: list[int], ct: Array) -> list[Arr
 def _dot(head: HeadInput, a: Array, b: Array, subscripts: str) -> Array:
     """A product of the head's own factors, or of gradients, accumulated in the wide dtype."""
     wide = compute_dtype(head)
+    if head.transposed:
+        subscripts = subscripts.replace("hv", "vh")
     narrow = head.hidden.dtype == head.kernel.dtype == jnp.bfloat16
     factors = (x.astype(jnp.bfloat16 if narrow else wide) for x in (a, b))
     return jnp.einsum(subscripts, *factors, preferred_element_type=wide)

@@ -20,7 +20,7 @@ from kljax._engine.terms import log_difference, log_ratio_of_probs
 Kind = Literal["logits", "log_probs", "probs", "labels", "head", "top_k"]
 
 # (log-probabilities of each side, log pred - log target, params) -> contributions per class
-Term = Callable[[tuple[Array, ...], Array, tuple[Any, ...]], Array]
+Term = Callable[[tuple[Array, ...], Array, Any], Array]
 
 # What a term is shown at a class that does not exist; its answer there is dropped.
 ABSENT = math.log(0.5)
@@ -47,7 +47,7 @@ class Operands(NamedTuple):
     inputs: tuple[Any, ...]  # arrays; heads and top-k sides until they are resolved
     where: Array | None
     temperature: Array | None
-    params: tuple[Any, ...]
+    params: Any  # the term's own, by name
     scale: Array | None  # one per example; 0 removes the example
 
 

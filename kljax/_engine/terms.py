@@ -58,7 +58,10 @@ def weigh(weight: Array, value: Array) -> Array:
 
 @jax.custom_jvp
 def _weigh(weight: Array, value: Array) -> Array:
-    return weight * jnp.where(weight == 0, 0, value)
+    # The outer select says that a product is rounded: fused into a sum, one of two terms would not
+    # be, and a symmetric divergence would not be symmetric.
+    removed = weight == 0
+    return jnp.where(removed, 0, weight * jnp.where(removed, 0, value))
 
 
 @_weigh.defjvp

@@ -39,7 +39,8 @@ class Divergence(nnx.Metric):
     """
 
     def __init__(self, divergence: Any = kljax.forward_kl, **options: Any):
-        checks.require_divergence("Divergence", "divergence", divergence, callable(divergence))
+        known = divergence if callable(divergence) else None
+        checks.require_divergence("Divergence", "divergence", divergence, known)
         self.divergence = _Bound(divergence, options)
         self._names, leaves = _flat(metrics.Divergence.empty())
         held = {n: nnx.metrics.MetricState(x) for n, x in zip(self._names, leaves, strict=True)}
