@@ -129,7 +129,7 @@ def read_options(
         where = checks.to_array(name, "where", where)
         checks.require_where(name, where, layout)
     if temperature is not None:
-        temperature = checks.require_temperature(name, temperature)
+        temperature = checks.require_temperature(name, temperature, layout.batch)
     return where, temperature
 
 
@@ -172,6 +172,8 @@ def assemble(
     whole, whole_where = _share_sharding(whole, whole_where, layout)
     if temperature is not None:
         temperature = temperature.astype(compute_dtype(whole))
+        if temperature.ndim:
+            temperature = jnp.expand_dims(temperature, layout.axis)
     operands = Operands(whole, whole_where, temperature, params, None)
     _check_values(sides, operands, counted, weights)
     return operands
@@ -219,7 +221,9 @@ def batch_axes(layout: Layout, operands: Operands) -> tuple[Axes, ...]:
 
     axes = [a for x in operands.inputs for a in of(x)]
     axes += [] if operands.where is None else [layout.batch_axes]
-    axes += [None for _ in jax.tree.leaves((operands.temperature, operands.params))]
+    if operands.temperature is not None:
+        axes += [layout.batch_axes if operands.temperature.ndim else None]
+    axes += [None for _ in jax.tree.leaves(operands.params)]
     return (*axes, *([] if operands.scale is None else [leading]))
 
 

@@ -266,8 +266,9 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
         targets: The data, teacher or reference, likewise, or `TopK`.
         axis: The axis, or axes, that one distribution occupies.
         where: bool, which classes exist, for both sides: shape ``classes`` or the whole input's.
-        temperature: Both sides become softmax(log-probabilities / T), T > 0. The result is not
-            multiplied by T². None leaves the inputs untouched.
+        temperature: Both sides become softmax(log-probabilities / T), T > 0: a scalar, or one per
+            example (the batch shape). The result is not multiplied by T². None leaves the inputs
+            untouched.
         weights: bool, int or float, one per example: exactly the batch shape.
         reduction: "none", "mean" (by the sum of weights), "sum" or "batchmean" (by the leading
             batch size, whatever the weights).

@@ -18,6 +18,7 @@ from kljax._engine.checks import Layout
 from kljax._engine.dispatch import Choice, Implementation
 from kljax._engine.representation import Operands, Spec, compute_dtype, with_infinity
 from kljax._engine.rowwise import Run
+from kljax._engine.terms import nan_unless
 from kljax._engine.top_k import TopKInput, allowed
 from kljax._reading import Held, Sides
 from kljax.distributions import Distribution, LogProbs, Probs
@@ -86,7 +87,8 @@ def distillation_loss(
             whole shape (mixup), which get a gradient.
         divergence: One of this library, made by `divergence`, or a partial of one that binds its
             own parameters.
-        temperature: T of the soft term; None is no temperature, and T² = 1. May be traced.
+        temperature: T of the soft term, a scalar or one per example, each with its own T²; None is
+            no temperature, and T² = 1. May be traced.
         scale_by_temperature: Multiply the soft term by T², which keeps its gradient's size.
         soft_weight: Factor of the soft term; may be traced.
         hard_weight: Factor of the hard term; may be traced.
@@ -329,7 +331,9 @@ def _at_one(spec: Spec, operands: Operands, temperature: Array | None) -> Array:
     )
     if "top_k" not in spec.kinds or temperature is None:
         return values
-    return jnp.where(temperature == 1, values, jnp.nan)
+    if temperature.ndim:
+        temperature = jnp.squeeze(temperature, spec.axis)
+    return nan_unless(jnp.broadcast_to(temperature == 1, values.shape), values)
 
 
 def _assemble(setup: _Setup, batch: _Batch) -> Operands:

@@ -348,3 +348,60 @@ def test_distributions_have_a_base():
     few = kljax.top_k(Y, 2)
     for side in (Logits(X), Probs(X), LogProbs(X), few, kljax.Head(X, jnp.eye(3))):
         assert isinstance(side, kljax.Distribution)
+
+
+@pytest.mark.parametrize("implementation", [None, kljax.Chunked(rows=2)])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "jensen_shannon", "entropy", "Head", "top_k", "loss"]
+)
+def test_a_temperature_per_example(rng, name, implementation):
+    """Value and every gradient are those of the examples one by one, with T² of its own."""
+    x, y = (jnp.asarray(rng.normal(size=(5, 7)), jnp.float32) for _ in range(2))
+    temperature = jnp.array([0.5, 1.0, 2.0, 3.0, 4.0])
+    weights = jnp.array([1.0, 2.0, 0.0, 1.0, 3.0])
+
+    def f(x, y, temperature, weights, implementation=None):
+        options = {
+            "temperature": temperature,
+            "weights": weights,
+            "reduction": "sum",
+            "implementation": implementation,
+        }
+        if name == "loss":
+            return kljax.distillation_loss(x, y, **options)[0]
+        if name == "entropy":
+            return kljax.entropy(x, **options)
+        if name == "top_k":
+            return kljax.forward_kl(x, kljax.top_k(y, 3, temperature=temperature), **options)
+        if name == "Head":
+            return kljax.reverse_kl(kljax.Head(x, jnp.eye(7)), y, **options)
+        return getattr(kljax, name)(x, y, **options)
+
+    wrt = (0, 1, 2) if name not in ("entropy", "loss") else (0, 2)
+    got = jax.jit(jax.value_and_grad(lambda *a: f(*a, weights, implementation), wrt))(
+        x, y, temperature
+    )
+    one_by_one = [
+        jax.value_and_grad(lambda *a, n=n: f(*a, weights[n]), wrt)(x[n], y[n], temperature[n])
+        for n in range(5)
+    ]
+    assert_close(got[0], sum(value for value, _ in one_by_one))
+    for i, gradient in enumerate(got[1]):
+        assert_close(gradient, np.stack([gradients[i] for _, gradients in one_by_one]))
+
+
+def test_metrics_at_a_top_k_s_own_temperatures():
+    """NaN where an example's temperature is not 1, so in the mean; not at weight 0."""
+    temperature = jnp.array([1.0, 2.0])
+    few = kljax.top_k(Y, 2, temperature=temperature)
+    seen = kljax.distillation_loss(X, few, temperature=temperature, weights=jnp.array([1.0, 0.0]))
+    assert np.isfinite(seen[1].divergence)
+    seen = kljax.distillation_loss(X, few, temperature=temperature)
+    assert np.isnan(seen[1].divergence)
+
+
+def test_a_temperature_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"temperature must be a scalar, or of the batch shape \(2,\)"
+    ):
+        kljax.forward_kl(X, Y, temperature=jnp.ones(3))

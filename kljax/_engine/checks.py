@@ -206,10 +206,19 @@ def require_fraction(caller: str, argument: str, value: Any) -> Array:
     return require_number(caller, argument, value)
 
 
-def require_temperature(caller: str, temperature: Any) -> Array:
+def require_temperature(caller: str, temperature: Any, batch: Shape) -> Array:
+    """One number, or one per example."""
     if _is_static(temperature) and not np.all(np.asarray(temperature) > 0):
         fail(caller, "temperature", "positive", f"{temperature}", "Use None for no temperature.")
-    return require_number(caller, "temperature", temperature)
+    temperature = to_array(caller, "temperature", temperature)
+    if temperature.shape not in ((), batch):
+        got, remedy = f"shape {temperature.shape}", "It is one number, or one per example."
+        fail(caller, "temperature", f"a scalar, or of the batch shape {batch}", got, remedy)
+    expected = _message(
+        caller, "temperature", "a real number", f"{temperature.dtype}", "Pass a float."
+    )
+    _require_real(temperature, expected)
+    return temperature
 
 
 def require_layout(caller: str, shapes: dict[str, Shape], axis: int | Iterable[int]) -> Layout:
