@@ -223,6 +223,7 @@ def _push(
     return (sums if sum_up else rows)[0]
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _gradient(
     run: Run, moving: tuple[int, ...], block: Leaves, cts: Array | None
 ) -> tuple[Array, tuple[Array, ...], Leaves]:
@@ -242,6 +243,7 @@ def _gradient(
     return value, jax.tree.map(lax.stop_gradient, seen), pullback(gradient)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _evaluate(run: Run, leaves: Any) -> Rows:
     return _watched(run.function(head.project(jax.tree.unflatten(run.tree, leaves))))
 
