@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import kljax
-from benchmarks import shapes, torch_peers, tpu_bytes
+from benchmarks import overhead, shapes, torch_peers, tpu_bytes
 from benchmarks.cases import DIVERGENCES, Case, Inputs, inputs, structs
 from benchmarks.peers import Contender, Loss, kljax_dense, kljax_loss
 from benchmarks.runner import Call, Limits, compile_gradient, in_turn, memory, summary
@@ -32,6 +32,7 @@ _TEMPORARY = 0.15  # of one logits array
 
 def all_budgets(contenders: list[Contender], limits: Limits) -> Iterator[Budget]:
     """Every bound, one after another as they are measured."""
+    yield from _overhead(limits)
     for dtype in _DTYPES:
         yield from _two_logits(dtype, contenders, limits)
     yield from _head(limits)
@@ -44,6 +45,20 @@ def all_budgets(contenders: list[Contender], limits: Limits) -> Iterator[Budget]
 
 def logits_case(divergence: str, dtype: str) -> Case:
     return Case("logits", divergence, dtype, shapes.BUDGET_TOKENS, shapes.BUDGET_VOCAB)
+
+
+# --- beside the arithmetic ---
+
+
+def _overhead(limits: Limits) -> Iterator[Budget]:
+    for measure, (bound, calls) in overhead.calls().items():
+        samples = in_turn(calls, limits)
+        ratio = _median_ratio(samples, "kljax", "plain formula")
+        named = f"{measure}: time over the plain formula's"
+        yield _budget(named, f"≤ {bound:g}", ratio, ratio <= bound, samples)
+    for name, (bound, seconds) in overhead.traces().items():
+        measure = f"trace and lower value and gradient, CPU seconds: {name}"
+        yield Budget(measure, f"≤ {bound:g}", f"{seconds:.2f}", seconds <= bound, {})
 
 
 # --- two arrays of logits ---

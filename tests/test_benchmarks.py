@@ -13,7 +13,7 @@ import oracle_large
 import pytest
 
 from benchmarks import __main__ as runs
-from benchmarks import budgets, peers, reference, report, runner, shapes, torch_peers
+from benchmarks import budgets, overhead, peers, reference, report, runner, shapes, torch_peers
 from benchmarks.cases import DIVERGENCES, KINDS, Case, Rates, floor, inputs
 
 TINY = shapes.Shape("tiny", 24, 5, 7, "float32")
@@ -174,17 +174,19 @@ def test_budgets(monkeypatch):
         "SCALING_VOCAB": ((4, 64), (4, 256)),
     }.items():
         monkeypatch.setattr(shapes, name, value)
+    monkeypatch.setattr(overhead, "CALLS", 20)
+    monkeypatch.setattr(overhead, "PARAMETERS", 3)
     monkeypatch.setattr(budgets, "_DTYPES", ("bfloat16",))
     monkeypatch.setattr(budgets, "DIVERGENCES", ("forward_kl", "reverse_kl"))
     monkeypatch.setattr(budgets.tpu_bytes, "in_another_process", lambda: "no compiler")
     peer = peers.Contender("optax", peers.plain)
     found = list(budgets.all_budgets([peer], LIMITS))
-    assert len(found) == 2 + 8 + 1 + 2 + 1 + 2 + 2
+    assert len(found) == 6 + 2 + 8 + 1 + 2 + 1 + 2 + 2
     by_measure = {budget.measure: budget for budget in found}
     assert len(by_measure) == len(found)
     unmet = [b.measure for b in found if b.met is None]
     assert len(unmet) == 4  # torch.compile, the TPU, and slopes over less than three decades
-    over_optax = next(b for b in found if "optax" in b.measure)
+    over_optax = next(b for b in found if "over optax" in b.measure)
     times = over_optax.samples
     ratio = times["optax"]["median"] / times["forward_kl"]["median"]
     assert over_optax.measured.startswith(f"{ratio:.2f} ")
