@@ -76,6 +76,14 @@ class DivergenceFn(Protocol):
         ...
 
 
+class PlainDivergenceFn(Protocol):
+    """One without parameters of its own, so that a type checker knows every keyword."""
+
+    def __call__(self, predictions: Given, targets: Given, **options: Unpack[Options]) -> Array: ...
+
+    def request(self, **params: Any) -> Request: ...
+
+
 def divergence(
     term: Callable[..., Array],
     *,
@@ -200,7 +208,7 @@ def _of_kl(
     name: str | None = None,
     slope_sums: tuple[float | None, ...] = (),
     needs_mass: bool = False,
-) -> DivergenceFn:
+) -> PlainDivergenceFn:
     """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, …).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
