@@ -180,17 +180,17 @@ def _run_elements(plan: Plan, given: Given) -> Array:
 
 
 def choose_spec(
-    formula: Formula, held: tuple[Held, ...], temperature: Array | None, axis: tuple[int, ...]
+    formula: Formula, held: tuple[Held, ...], temperature: Array | None, layout: Layout
 ) -> Spec:
     """What to compute: with the non-negative term where all sides are normalised here."""
     for side in held:
         if side.kind == "top_k":
             given = side.value
-            checks.require_tail(
-                formula.name, given.tail, given.log_tail is not None, formula.needs_mass
-            )
+            complete = given.indices.shape[-1:] == layout.classes  # there is no rest
+            known = complete or given.log_tail is not None
+            checks.require_tail(formula.name, given.tail, known, formula.needs_mass)
     kinds = tuple(side.kind for side in held)
-    spec = Spec(formula.term, kinds, axis, linear=formula.linear)
+    spec = Spec(formula.term, kinds, layout.axis, linear=formula.linear)
     normalized = all(
         side.value.tail != "truncate"
         if isinstance(side.value, TopKInput)
@@ -239,7 +239,7 @@ def _prepare(
     checks.require_no_top_k(name, arguments[0], held[0].kind)
     layout = _reading.read_layout(name, arguments, held, axis)
     where, temperature = _reading.read_options(name, layout, where, temperature, held)
-    spec = choose_spec(formula, held, temperature, layout.axis)
+    spec = choose_spec(formula, held, temperature, layout)
     choice = choose_blocks(name, layout, held, implementation, (spec.term,))
     plan = Plan(_reading.sides_of(name, arguments, held, layout), spec, choice)
     params = jax.tree.map(jnp.asarray, params)

@@ -239,7 +239,7 @@ def _all_sides(
 def _specs(
     request: Request, held: tuple[Held, ...], temperature: Array | None, layout: Layout
 ) -> tuple[Spec, Spec]:
-    ask = partial(_pipeline.choose_spec, request.formula, held, axis=layout.axis)
+    ask = partial(_pipeline.choose_spec, request.formula, held, layout=layout)
     return ask(temperature=temperature), ask(temperature=None)
 
 

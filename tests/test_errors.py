@@ -133,8 +133,8 @@ EXACT = {
         "forward_kl: temperature must be positive; got 0.0. Use None for no temperature.",
     ),
     "array temperature": (
-        lambda: kljax.forward_kl(X, X, temperature=jnp.ones(8)),
-        "forward_kl: temperature must be a scalar; got shape (8,).",
+        lambda: kljax.forward_kl(X, X, temperature=jnp.ones(3)),
+        "forward_kl: temperature must be a scalar, or of the batch shape (8,); got shape (3,).",
     ),
     "axis of another type": (
         lambda: kljax.entropy(X, axis=None),

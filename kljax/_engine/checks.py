@@ -342,13 +342,13 @@ def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
         fail(caller, "axis", f"the last with the {argument} given", got, "Leave axis=-1.")
 
 
-def require_tail(caller: str, tail: str, has_log_tail: bool, needs_mass: bool) -> None:
+def require_tail(caller: str, tail: str, rest_is_known: bool, needs_mass: bool) -> None:
     """What is infinite where targets are 0 must know what mass is outside K."""
     if needs_mass and tail == "renormalize":
         expected = "a tail that leaves the targets some mass outside the k classes"
         remedy = 'It would be infinite; use tail="bucket".'
         fail(caller, "targets.tail", expected, '"renormalize"', remedy)
-    if needs_mass and tail == "bucket" and not has_log_tail:
+    if needs_mass and tail == "bucket" and not rest_is_known:
         remedy = (
             "What log_probs lack from 1 is rounding noise where the teacher is confident, and the "
             "loss infinite where that is nothing: store log_tail, which kljax.top_k returns."
