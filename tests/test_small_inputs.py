@@ -390,6 +390,17 @@ def test_a_temperature_per_example(rng, name, implementation):
         assert_close(gradient, np.stack([gradients[i] for _, gradients in one_by_one]))
 
 
+def test_a_temperature_per_example_of_a_shared_teacher(rng):
+    """The one distribution becomes as many, and its gradient is their sum."""
+    x, y = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((3, 7), (7,)))
+    temperature = jnp.array([0.5, 1.0, 4.0])
+    f = lambda x, y, t: kljax.forward_kl(x, y, temperature=t).sum()  # noqa: E731
+    got = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, y, temperature)
+    want = jax.value_and_grad(lambda x, y, t: f(x, jnp.tile(y, (3, 1)), t), (0, 1, 2))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want(x, y, temperature)), strict=True):
+        assert_close(a, b)
+
+
 def test_metrics_at_a_top_k_s_own_temperatures():
     """NaN where an example's temperature is not 1, so in the mean; not at weight 0."""
     temperature = jnp.array([1.0, 2.0])

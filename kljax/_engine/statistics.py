@@ -39,7 +39,10 @@ def row_state(
     x: Array, inverse_temperature: Array | None, axis: tuple[int, ...], dtype: jnp.dtype
 ) -> RowState:
     """The state of whole rows, with the axes kept; the peak is a constant to derivatives."""
-    operands = (x,) if inverse_temperature is None else (x, inverse_temperature)
+    operands = (x,)
+    if inverse_temperature is not None:  # one per example makes as many rows of a shared one
+        shape = jnp.broadcast_shapes(x.shape, inverse_temperature.shape)
+        operands = (jnp.broadcast_to(x, shape), inverse_temperature)
     # Where memory is the limit, one pass; a CPU is faster in two passes of simple reductions.
     return lax.platform_dependent(
         *operands,
