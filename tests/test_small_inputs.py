@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -231,14 +232,8 @@ def test_pickled_divergences():
 def test_a_divergence_s_parameters_are_keywords():
     assert_close(made(X, Y, scale=3.0), 3 * np.asarray(made(X, Y)))
     assert_close(jax.jit(jax.grad(lambda g: made(X, Y, scale=g).sum()))(2.0), made(X, Y).sum())
-    loss, _ = kljax.distillation_loss(X, Y, divergence=lambda_partial(scale=3.0))
+    loss, _ = kljax.distillation_loss(X, Y, divergence=partial(made, scale=3.0))
     assert_close(loss, 3 * made(X, Y).mean())
-
-
-def lambda_partial(**own):
-    from functools import partial
-
-    return partial(made, **own)
 
 
 def test_any_divergence_in_a_distillation():
@@ -340,8 +335,7 @@ def test_no_copy_of_an_embedding_table():
         implementation=kljax.Chunked(rows=8),
     )
     text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, table).compile().as_text()
-    assert "f32[32,4096]{1,0} copy" not in text
-    assert "f32[32,4096]{1,0} transpose" not in text
+    assert "= f32[32,4096]" not in text
 
 
 def test_distributions_have_a_base():
