@@ -66,7 +66,11 @@ def problems() -> Iterator[tuple[str, Callable[..., Any], Any]]:
     loss = partial(kljax.forward_kl, where=where, reduction="none")
     yield "forward logits where none", loss, sides("logits")
     labels = jnp.arange(N)
-    yield "labels", lambda x: kljax.cross_entropy(x, labels, label_smoothing=0.1), sides("logits")[:1]
+    yield (
+        "labels",
+        lambda x: kljax.cross_entropy(x, labels, label_smoothing=0.1),
+        sides("logits")[:1],
+    )
     yield "entropy", kljax.entropy, sides("logits")[:1]
     for kind in ("logits", "heads", "head_top_k"):
         loss = partial(
@@ -102,6 +106,8 @@ def canonical(text: str) -> str:
     """The program without metadata, with its values named in the order in which they come."""
     text = re.sub(r", metadata=\{[^}]*\}|, backend_config=\{.*?\}(?=$|,)", "", text, flags=re.M)
     text = re.sub(r"HloModule \S+", "HloModule", text)
+    text = re.sub(r"^(\d+ [\"{].*|\w+(Names|Locations|Frames))$", "", text, flags=re.M)
+    text = re.sub(r"\n\s*(?=\n)", "", text)
     names: dict[str, str] = {}
     number = lambda m: names.setdefault(m[0], f"%{len(names)}")  # noqa: E731
     return re.sub(r"%[\w.\-]+", number, text)
@@ -128,7 +134,9 @@ def main() -> None:
     before = json.loads(options.against.read_text()) if options.against else found
     for name, now in found.items():
         then = before.get(name, {})
-        if options.against is None or any(now[k] != then.get(k) for k in ("program", "temporaries")):
+        if options.against is None or any(
+            now[k] != then.get(k) for k in ("program", "temporaries")
+        ):
             print(f"{name:45} {then} -> {now}")
     times = (sum(one["trace"] for one in some.values()) for some in (before, found))
     print("{} programs; trace and lower {:.1f} -> {:.1f} CPU seconds".format(len(found), *times))

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 from types import ModuleType as _ModuleType
 
-from kljax._engine.dispatch import Chunked as Chunked
+from kljax._engine.paths import Chunked as Chunked
 from kljax._engine.terms import log_mixture as log_mixture
 from kljax._engine.terms import term_cross_entropy as term_cross_entropy
 from kljax._engine.terms import term_entropy as term_entropy

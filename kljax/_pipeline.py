@@ -1,9 +1,9 @@
-"""The pipeline behind every divergence: representation → terms → sum → weights → reduction."""
+"""The pipeline behind every divergence: read → place → run a path → reduce."""
 
-import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax import _reading
-from kljax import reduction as reductions
-from kljax._engine import checks, closures, dense, dispatch, meshes, rowwise
-from kljax._engine.checks import Layout
-from kljax._engine.dispatch import Choice, Implementation
-from kljax._engine.representation import (
-    Operands,
-    Spec,
-    Term,
-    compute_dtype,
-    normalizes,
-    without_heads,
-)
-from kljax._engine.rowwise import Run
+from kljax._engine import blockwise, captures, checks, paths, value_checks
+from kljax._engine import loss as losses
+from kljax._engine.loss import Formula, Loss
+from kljax._engine.paths import Implementation, Path
+from kljax._engine.side import block_of, compute_dtype
 from kljax._engine.terms import weigh
-from kljax._engine.top_k import TopKInput, coarsen
-from kljax._reading import Held, Input, Sides
-from kljax.distributions import Distribution
-from kljax.reduction import AxisName, Reduction
+from kljax._reading import ClassAxisName, Given, Inputs
+from kljax.reduction import AxisName, Reduction, Weighting
 
 OPTIONS = (
     "axis",
@@ -38,52 +28,24 @@ OPTIONS = (
     "reduction",
     "normalizer",
     "axis_name",
+    "class_axis_name",
     "implementation",
 )
 
 
-class Formula(NamedTuple):
-    """A divergence as it is called: its name and arguments, for messages, and its terms."""
-
-    name: str
-    arguments: tuple[str, ...]
-    term: Term
-    normalized: Term | None = None  # serves where the library normalised every side
-    slope_sums: tuple[float | None, ...] = ()  # of `normalized`, as in Spec
-    needs_mass: bool = False  # infinite where targets are 0
-    linear: int | None = None  # as in Spec
-
-
-class Plan(NamedTuple):
-    """All that chooses code, known before tracing."""
-
-    sides: Sides
-    spec: Spec
-    choice: Choice
-
-
-class Given(NamedTuple):
-    """All that is traced, as the user gave it."""
-
-    inputs: tuple[Input, ...]
-    where: Array | None
-    temperature: Array | None
-    params: tuple[Any, ...]
-
-
 def evaluate(
-    formula: Formula, distributions: Any, *, params: dict[str, Any] | None = None, **options: Any
+    formula: Formula, given: tuple[Given, ...], params: dict[str, Any], **options: Any
 ) -> Array:
     """One value per example, or one number; a misspelt option is told the nearest."""
     checks.require_options(formula.name, options, OPTIONS)
-    return _evaluate(formula, distributions, params=params or {}, **options)
+    return _evaluate(formula, given, params, **options)
 
 
 def _evaluate(
     formula: Formula,
-    distributions: tuple[ArrayLike | Distribution | Held, ...],
+    given: tuple[Given, ...],
+    params: dict[str, Any],
     *,
-    params: Any = (),
     axis: int | Iterable[int] = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
@@ -91,169 +53,107 @@ def _evaluate(
     reduction: Reduction = "none",
     normalizer: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    class_axis_name: ClassAxisName | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
-    """One value per example, or one number: check everything that is static, then run."""
-    plan, given = _prepare(formula, distributions, params, axis, where, temperature, implementation)
-    weights, normalizer = reductions.prepare(
-        formula.name, plan.sides.layout, weights, reduction, normalizer, axis_name
+    """Check everything that is static, then run."""
+    inputs = _reading.read(
+        formula.name,
+        dict(zip(formula.arguments, given, strict=True)),
+        axis=axis,
+        where=where,
+        temperature=temperature,
+        class_axis_name=class_axis_name,
     )
-    run = _run_jitted if closures.is_pure(plan.spec.term) else _run
-    return run(plan, reduction, axis_name, given, weights, normalizer)
+    weighting = Weighting.read(
+        formula.name,
+        inputs.layout,
+        weights=weights,
+        reduction=reduction,
+        normalizer=normalizer,
+        axis_name=axis_name,
+    )
+    formula = choose_term(formula, inputs)
+    pure = captures.is_pure(formula.term)
+    path = paths.choose(
+        formula.name, implementation, inputs.layout, inputs.sides, capturing=not pure
+    )
+    run = _run_jitted if pure else _run
+    return run(formula, path, inputs, weighting, jax.tree.map(jnp.asarray, params))
 
 
 def _run(
-    plan: Plan,
-    reduction: Reduction,
-    axis_name: AxisName | None,
-    given: Given,
-    weights: Array | None,
-    normalizer: Array | None,
+    formula: Formula, path: Path, inputs: Inputs, weighting: Weighting, params: dict[str, Array]
 ) -> Array:
-    spec, layout = plan.spec, plan.sides.layout
-    operands = _assemble(plan, given, weights)
-    if not closures.is_pure(spec.term):
-        spec, operands = closures.hoist(spec, operands, layout.batch_axes, plan.choice)
-    dtype = compute_dtype(operands.inputs)
-    scale = reductions.example_scale(layout.batch, dtype, weights, reduction, normalizer, axis_name)
-    operands = operands._replace(scale=scale)
-    run = Run(
-        partial(_each_example, spec),
-        layout.batch,
-        jax.tree.structure(operands),
-        _reading.batch_axes(layout, operands),
-        *plan.choice,
+    layout, weights = inputs.layout, weighting.weights
+    placed = inputs.place((weights,) * len(inputs.sides))
+    value_checks.check_weights(formula.name, "weights", weights)
+    loss = Loss(formula, *placed, params)
+    if not captures.is_pure(formula.term):
+        loss = captures.hoist(loss, layout, path)
+    factor = weighting.factor(layout.batch, compute_dtype(loss.sides))
+    loss = replace(loss, factor=factor)
+    compute = blockwise.values if weighting.reduction == "none" else blockwise.total
+    return weighting.over_axes(compute(_each_example, path, loss, loss.in_axes(layout))[0])
+
+
+_run_jitted = jax.jit(_run, static_argnums=(0, 1))
+
+
+def _each_example(loss: Loss) -> tuple[Array, tuple[()]]:
+    return example_values(loss), ()
+
+
+SMOOTHING = "label_smoothing"  # the parameter of a cross-entropy with labels
+
+
+def example_values(loss: Loss) -> Array:
+    """One value per example, from sides whose logits are at hand."""
+    if not (isinstance(loss.params, dict) and SMOOTHING in loss.params):
+        return losses.values(loss)
+    classes, smoothing = loss.classes, loss.params[SMOOTHING]
+    to_labels = losses.values(replace(loss, params={}))
+    like = block_of(loss.sides)
+    count = classes.sum(classes.present(jnp.ones(like.shape, like.dtype)))
+    share = 1 / jnp.maximum(count, 1)
+    uniform = replace(
+        loss,
+        formula=_UNIFORM,
+        sides=loss.sides[:1],
+        params={},
+        factor=share if loss.factor is None else loss.factor * share,
     )
-    compute = rowwise.values if reduction == "none" else rowwise.total
-    return reductions.total(compute(run, operands)[0], reduction, axis_name)
+    smoothing = smoothing.astype(like.dtype)
+    return weigh(1 - smoothing, to_labels) + weigh(smoothing, losses.values(uniform))
 
 
-_run_jitted = jax.jit(_run, static_argnums=(0, 1, 2))
-
-
-def _each_example(spec: Spec, operands: Operands) -> tuple[Array, tuple[()]]:
-    return example_values(spec, operands), ()
-
-
-def example_values(spec: Spec, operands: Operands) -> Array:
-    """One value per example, from sides whose heads are logits by now."""
-    spec = without_heads(spec)
-    if isinstance(operands.params, dict) and SMOOTHING in operands.params:
-        return _smoothed(spec, operands._replace(params=()), operands.params[SMOOTHING])
-    return dense.rows(*coarsen(spec, operands))
-
-
-SMOOTHING = "label_smoothing"
-
-
-def _smoothed(spec: Spec, operands: Operands, smoothing: Array) -> Array:
-    """The cross-entropy with labels, and with the uniform distribution over all classes."""
-    values = dense.rows(spec, operands)
-    (x, _), where, scale = operands.inputs, operands.where, operands.scale
-    classes = jnp.ones(x.shape, bool) if where is None else jnp.broadcast_to(where, x.shape)
-    count = jnp.maximum(jnp.sum(classes, axis=spec.axis), 1).astype(values.dtype)
-    share = 1 / count if scale is None else scale / count
-    uniform = Spec(lambda log, *_: -log[0], spec.kinds[:1], spec.axis)
-    uniform = dense.rows(uniform, operands._replace(inputs=(x,), scale=share))
-    smoothing = smoothing.astype(values.dtype)
-    return weigh(1 - smoothing, values) + weigh(smoothing, uniform)
+_UNIFORM = Formula("cross_entropy", ("predictions",), lambda log, *_: -log[0])
 
 
 def evaluate_elements(
     formula: Formula,
-    distributions: tuple[ArrayLike | Distribution, ...],
+    given: tuple[Given, ...],
     *,
     axis: int | Iterable[int],
     where: ArrayLike | None,
     temperature: ArrayLike | None,
 ) -> Array:
     """One value per class: the pipeline without the sum and all that follows."""
-    plan, given = _prepare(formula, distributions, (), axis, where, temperature, "dense")
-    for argument, kind in zip(formula.arguments, plan.spec.kinds, strict=True):
-        checks.require_arrays(formula.name, argument, kind)
-    return _run_elements(plan, given)
+    named = dict(zip(formula.arguments, given, strict=True))
+    inputs = _reading.read(formula.name, named, axis=axis, where=where, temperature=temperature)
+    for argument, side in zip(inputs.arguments, inputs.sides, strict=True):
+        checks.require_all_classes(formula.name, argument, side)
+    return _run_elements(choose_term(formula, inputs), inputs)
 
 
 @partial(jax.jit, static_argnums=0)
-def _run_elements(plan: Plan, given: Given) -> Array:
-    return dense.elements(plan.spec, _assemble(plan, given, None))
+def _run_elements(formula: Formula, inputs: Inputs) -> Array:
+    return losses.elements(Loss(formula, *inputs.place((None,) * len(inputs.sides))))
 
 
-def choose_spec(
-    formula: Formula, held: tuple[Held, ...], temperature: Array | None, layout: Layout
-) -> Spec:
-    """What to compute: with the non-negative term where all sides are normalised here."""
-    for side in held:
-        if side.kind == "top_k":
-            given = side.value
-            complete = given.indices.shape[-1:] == layout.classes  # there is no rest
-            known = complete or given.log_tail is not None
-            checks.require_tail(formula.name, given.tail, known, formula.needs_mass)
-    kinds = tuple(side.kind for side in held)
-    spec = Spec(formula.term, kinds, layout.axis, linear=formula.linear)
-    normalized = all(
-        side.value.tail != "truncate"
-        if isinstance(side.value, TopKInput)
-        else normalizes(side.kind, temperature)
-        for side in held
-    )
-    if normalized and formula.normalized:
-        spec = spec._replace(term=formula.normalized, slope_sums=formula.slope_sums)
-    return spec
-
-
-def choose_blocks(
-    name: str,
-    layout: Layout,
-    held: tuple[Held, ...],
-    implementation: Implementation | None,
-    terms: Iterable[Term],
-) -> Choice:
-    kinds = {side.kind for side in held}
-    only_arrays = not kinds & {"head", "top_k"}
-    if implementation is None and only_arrays and not all(map(closures.is_pure, terms)):
-        return dispatch.at_once(layout.batch)  # what a term captures may be of the batch's size
-    arrays = [x.value for x in held if x.kind in ("logits", "log_probs", "probs")]
-    return dispatch.choose(
-        name,
-        implementation,
-        layout.batch,
-        math.prod(layout.classes),
-        itemsize=min((x.dtype.itemsize for x in arrays), default=4),
-        kinds=kinds,
-        explicit_mesh=meshes.explicit([side.value for side in held]),
-    )
-
-
-def _prepare(
-    formula: Formula,
-    distributions: tuple[Any, ...],
-    params: tuple[Any, ...],
-    axis: int | Iterable[int],
-    where: ArrayLike | None,
-    temperature: ArrayLike | None,
-    implementation: Implementation | None,
-) -> tuple[Plan, Given]:
-    name, arguments = formula.name, formula.arguments
-    held = tuple(_reading.read(name, a, d) for a, d in zip(arguments, distributions, strict=True))
-    checks.require_no_top_k(name, arguments[0], held[0].kind)
-    layout = _reading.read_layout(name, arguments, held, axis)
-    where, temperature = _reading.read_options(name, layout, where, temperature, held)
-    spec = choose_spec(formula, held, temperature, layout)
-    choice = choose_blocks(name, layout, held, implementation, (spec.term,))
-    plan = Plan(_reading.sides_of(name, arguments, held, layout), spec, choice)
-    params = jax.tree.map(jnp.asarray, params)
-    return plan, Given(tuple(side.value for side in held), where, temperature, params)
-
-
-def _assemble(plan: Plan, given: Given, weights: Array | None) -> Operands:
-    counted = tuple(weights for _ in given.inputs)
-    return _reading.assemble(
-        plan.sides,
-        given.inputs,
-        counted,
-        given.where,
-        given.temperature,
-        given.params,
-        {"weights": weights},
-    )
+def choose_term(formula: Formula, inputs: Inputs) -> Formula:
+    """The formula with the one term that serves these sides; or an error if none does."""
+    if formula.needs_mass:
+        for side in inputs.sides:
+            side.require_mass(formula.name, inputs.layout)
+    return formula.on(inputs.sides, inputs.temperature)

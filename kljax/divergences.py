@@ -4,12 +4,12 @@ A divergence is a formula on log-probabilities; `divergence` makes it a loss, fo
 as for the user's own. How a call flows:
 
     forward_kl(predictions, targets, …)   its body is the formula; `_of_kl` hands it the KL term
-    _reading                              shapes and options checked; arrays and layout read
-    _pipeline.evaluate                    the term, the blocks and the weights chosen; then run
-    _engine.representation.view           logits, log-probs or probs → log-probabilities and ratio
-    _engine.rowwise                       block by block, with the gradient along the way
-    _engine.dense.rows                    the term, summed over the classes, and its derivative
-    reduction.example_scale, .total       weights and denominator before, the sum after
+    _pipeline.evaluate                    the term, the path and the weights chosen; then run
+    _reading                              shapes and options checked, arrays read and placed
+    _engine.blockwise                     block by block, with the gradient along the way
+    _engine.side.view                     what a side holds → log-probabilities, and their ratio
+    _engine.loss.values                   the term, summed over the classes, and its derivative
+    reduction.Weighting                   weights and denominator before, the sum after
 
 Predictions s come first and targets t second, except in `kl(p, q)`.
 """
@@ -18,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
-from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -26,8 +26,8 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline
 from kljax._engine import checks, value_checks
-from kljax._engine.dispatch import Implementation
-from kljax._engine.representation import Term
+from kljax._engine.loss import Formula, Term
+from kljax._engine.paths import Implementation
 from kljax._engine.terms import (
     log_mixture,
     term_cross_entropy,
@@ -37,12 +37,13 @@ from kljax._engine.terms import (
     term_kl,
     weigh,
 )
-from kljax._pipeline import SMOOTHING, Formula
-from kljax._reading import Held
+from kljax._pipeline import SMOOTHING
+from kljax._reading import ClassAxisName, Given
 from kljax.distributions import Distribution
+from kljax.distributions.labels import Labels
 from kljax.reduction import AxisName, Reduction
 
-Given = ArrayLike | Distribution
+F = TypeVar("F", bound=Callable[..., Array])
 KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
 
 
@@ -56,10 +57,11 @@ class Options(TypedDict, total=False):
     reduction: Reduction
     normalizer: ArrayLike | None
     axis_name: AxisName | None
+    class_axis_name: ClassAxisName | None
     implementation: Implementation | None
 
 
-class Request(NamedTuple):
+class Bound(NamedTuple):
     """What a call of a divergence asks for: a formula, and what its term is given besides."""
 
     formula: Formula
@@ -71,8 +73,8 @@ class DivergenceFn(Protocol):
 
     def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array: ...
 
-    def request(self, **params: Any) -> Request:
-        """What a call would ask for."""
+    def bind(self, **params: Any) -> Bound:
+        """What a call with these parameters would ask for."""
         ...
 
 
@@ -81,7 +83,7 @@ class PlainDivergenceFn(Protocol):
 
     def __call__(self, predictions: Given, targets: Given, **options: Unpack[Options]) -> Array: ...
 
-    def request(self, **params: Any) -> Request: ...
+    def bind(self, **params: Any) -> Bound: ...
 
 
 def divergence(
@@ -165,16 +167,16 @@ class _Made:
         checks.require_options(
             self._formula.name, options, (*self._parameters, *Options.__annotations__)
         )
-        formula, params = self.request(**own)
-        return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+        formula, params = self.bind(**own)
+        return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
-    def request(self, **params: Any) -> Request:
+    def bind(self, **params: Any) -> Bound:
         checks.require_options(self._formula.name, params, tuple(self._parameters))
         whole = {**self._parameters, **params}
         checks.require_parameters(
             self._formula.name, [k for k, v in whole.items() if v is inspect.Parameter.empty]
         )
-        return Request(self._formula, whole)
+        return Bound(self._formula, whole)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """As a decorator it is found by its name, otherwise made again."""
@@ -184,22 +186,33 @@ class _Made:
         return self.__qualname__ if found is self else (_Made, self._made_of)
 
 
-def request_of(divergence: Callable[..., Array]) -> Request | None:
+def bound(divergence: Callable[..., Array]) -> Bound | None:
     """What a divergence, or a partial of one, will ask for; None if it is not the library's."""
     given: dict[str, Any] = {}
     while isinstance(divergence, partial) and not divergence.args:
         given = {**divergence.keywords, **given}
         divergence = divergence.func
-    request = getattr(divergence, "request", None)
-    if request is None or set(given) & set(Options.__annotations__):
+    bind = getattr(divergence, "bind", None)
+    if bind is None or set(given) & set(Options.__annotations__):
         return None
-    return request(**given)
+    return bind(**given)
 
 
-def _answers(request: Callable[..., Request], divergence: Any) -> Any:
-    """Let a divergence tell what it will ask for, so that others can ask for it too."""
-    divergence.request = request
-    return divergence
+def _binds(bind: Callable[..., Bound]) -> Callable[[F], F]:
+    """Let a divergence tell what it will ask for, with the defaults of its signature."""
+
+    def decorate(divergence: F) -> F:
+        given = inspect.signature(divergence).parameters.values()
+        own = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+
+        def with_defaults(**params: Any) -> Bound:
+            checks.require_options(divergence.__name__, params, tuple(own))
+            return bind(**{**own, **params})
+
+        cast(Any, divergence).bind = with_defaults
+        return divergence
+
+    return decorate
 
 
 def _of_kl(
@@ -208,11 +221,11 @@ def _of_kl(
     name: str | None = None,
     slope_sums: tuple[float | None, ...] = (),
     needs_mass: bool = False,
-) -> PlainDivergenceFn:
-    """Make a divergence from a formula on KL terms: formula(kl, s, t, log s - log t, …).
+) -> Formula:
+    """From a formula on KL terms: formula(kl, s, t, log s - log t, …).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
-    library normalised; ``slope_sums`` are the latter's, as in Spec.
+    library normalised; ``slope_sums`` are the latter's.
     """
 
     def of(kl: KLTerm) -> Term:
@@ -222,7 +235,7 @@ def _of_kl(
 
         return term
 
-    made = Formula(
+    return Formula(
         name or formula.__name__,
         ("predictions", "targets"),
         of(term_kl),
@@ -231,13 +244,20 @@ def _of_kl(
         needs_mass,
     )
 
+
+def _divergence_of_kl(
+    formula: Callable[..., Array],
+    *,
+    slope_sums: tuple[float | None, ...] = (),
+    needs_mass: bool = False,
+) -> PlainDivergenceFn:
+    """Make a divergence from a formula on KL terms that has no parameters of its own."""
+    made = _of_kl(formula, slope_sums=slope_sums, needs_mass=needs_mass)
+
     def compute(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
-        return _pipeline.evaluate(made, (predictions, targets), **options)
+        return _pipeline.evaluate(made, (predictions, targets), {}, **options)
 
-    def request(**params: Any) -> Request:
-        return Request(made, params)
-
-    return _answers(request, _named_like(formula, compute))
+    return _binds(lambda: Bound(made, {}))(_named_like(formula, compute))
 
 
 def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -> Any:
@@ -249,7 +269,7 @@ def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -
 
 
 # The slopes of D(p||q) sum to nothing over q, for they are q - p, and to D over p.
-@partial(_of_kl, slope_sums=(0, 1))
+@partial(_divergence_of_kl, slope_sums=(0, 1))
 def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Forward KL, D(targets‖predictions): the distillation loss; mass-covering.
 
@@ -282,6 +302,10 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
             batch size, whatever the weights).
         normalizer: With "mean", what to divide by instead; already global. 0 gives 0.
         axis_name: Named mapped axes to sum numerator and denominator over before dividing.
+        class_axis_name: Named mapped axes over which the classes are spread, in equal shards in
+            the order of the axes; labels number the whole vocabulary, and the result is that of
+            the whole. Without it each shard is a distribution of its own. Not for `Head` or
+            `TopK` yet.
         implementation: None chooses; "dense" is the whole batch at once, "chunked" a block of
             examples at a time, ``Chunked(rows=…)`` so many at a time.
 
@@ -304,7 +328,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio)
 
 
-@partial(_of_kl, slope_sums=(1, 0), needs_mass=True)
+@partial(_divergence_of_kl, slope_sums=(1, 0), needs_mass=True)
 def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
 
@@ -327,7 +351,7 @@ def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(s, t, -ratio)
 
 
-@partial(_of_kl, needs_mass=True)
+@partial(_divergence_of_kl, needs_mass=True)
 def jeffreys(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Jeffreys divergence, forward plus reverse KL; symmetric.
 
@@ -350,6 +374,38 @@ def jeffreys(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio) + kl(s, t, -ratio)
 
 
+def _fraction(caller: str, argument: str, value: ArrayLike) -> Array:
+    value = checks.require_fraction(caller, argument, value)
+    value_checks.check_fraction(caller, argument, value)
+    return value
+
+
+@partial(_of_kl, name="jensen_shannon")
+def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
+    return term_jensen_shannon(t, s, beta, ratio)
+
+
+@partial(_of_kl, name="jensen_shannon")
+def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
+    """J / (β(1 - β)), and at the ends its limit, to first order in β."""
+    at_end = (beta == 0) | (beta == 1)
+    inside = jnp.where(at_end, 0.5, beta)
+    between = term_jensen_shannon(t, s, inside, ratio) / (inside * (1 - inside))
+    s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
+    forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
+    excess = jnp.exp(t) - jnp.exp(s)
+    from_0 = weigh(beta, forward - 0.5 * excess * jnp.expm1(-ratio))
+    from_1 = weigh(1 - beta, reverse + 0.5 * excess * jnp.expm1(ratio))
+    return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
+
+
+def _bind_jensen_shannon(beta: ArrayLike, normalized: bool) -> Bound:
+    formula = _jensen_shannon_scaled if normalized else _jensen_shannon
+    formula = formula._replace(needs_mass=normalized and checks.is_static(beta, 1))
+    return Bound(formula, {"beta": _fraction("jensen_shannon", "beta", beta)})
+
+
+@_binds(_bind_jensen_shannon)
 def jensen_shannon(
     predictions: Given,
     targets: Given,
@@ -391,29 +447,21 @@ def jensen_shannon(
     Information Theory 37 (1991), section IV; Agarwal et al., On-Policy Distillation of Language
     Models (GKD, 2024), section 2.
     """
-    formula, params = _ask_jensen_shannon(beta=beta, normalized=normalized)
-    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+    formula, params = _bind_jensen_shannon(beta, normalized)
+    return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
-@partial(_of_kl, name="jensen_shannon")
-def _jensen_shannon(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
-    return term_jensen_shannon(t, s, beta, ratio)
+@partial(_of_kl, name="skew_forward_kl")
+def _skew_forward(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
+    m, m_over_t, _ = log_mixture(t, s, alpha, ratio)
+    return kl(t, m, m_over_t)
 
 
-@partial(_of_kl, name="jensen_shannon")
-def _jensen_shannon_scaled(kl: KLTerm, s: Array, t: Array, ratio: Array, *, beta: Array) -> Array:
-    """J / (β(1 - β)), and at the ends its limit, to first order in β."""
-    at_end = (beta == 0) | (beta == 1)
-    inside = jnp.where(at_end, 0.5, beta)
-    between = term_jensen_shannon(t, s, inside, ratio) / (inside * (1 - inside))
-    s, t, ratio = (jnp.where(at_end, x, 0) for x in (s, t, ratio))
-    forward, reverse = kl(t, s, ratio), kl(s, t, -ratio)
-    excess = jnp.exp(t) - jnp.exp(s)
-    from_0 = weigh(beta, forward - 0.5 * excess * jnp.expm1(-ratio))
-    from_1 = weigh(1 - beta, reverse + 0.5 * excess * jnp.expm1(ratio))
-    return jnp.where(at_end, jnp.where(beta == 0, forward + from_0, reverse + from_1), between)
+def _bind_skew_forward(alpha: ArrayLike) -> Bound:
+    return Bound(_skew_forward, {"alpha": _fraction("skew_forward_kl", "alpha", alpha)})
 
 
+@_binds(_bind_skew_forward)
 def skew_forward_kl(
     predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
 ) -> Array:
@@ -443,10 +491,22 @@ def skew_forward_kl(
     Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
     (2024), section 3.1.
     """
-    formula, params = _ask_skew_forward_kl(alpha=alpha)
-    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+    formula, params = _bind_skew_forward(alpha)
+    return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
+@partial(_of_kl, name="skew_reverse_kl")
+def _skew_reverse(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
+    m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
+    return kl(s, m, m_over_s)
+
+
+def _bind_skew_reverse(alpha: ArrayLike) -> Bound:
+    formula = _skew_reverse._replace(needs_mass=checks.is_static(alpha, 0))
+    return Bound(formula, {"alpha": _fraction("skew_reverse_kl", "alpha", alpha)})
+
+
+@_binds(_bind_skew_reverse)
 def skew_reverse_kl(
     predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
 ) -> Array:
@@ -476,52 +536,11 @@ def skew_reverse_kl(
     Source: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models
     (2024), section 3.1.
     """
-    formula, params = _ask_skew_reverse_kl(alpha=alpha)
-    return _pipeline.evaluate(formula, (predictions, targets), params=params, **options)
+    formula, params = _bind_skew_reverse(alpha)
+    return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
-@partial(_of_kl, name="skew_forward_kl")
-def _skew_forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
-    m, m_over_t, _ = log_mixture(t, s, alpha, ratio)
-    return kl(t, m, m_over_t)
-
-
-@partial(_of_kl, name="skew_reverse_kl")
-def _skew_reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
-    m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
-    return kl(s, m, m_over_s)
-
-
-def _fraction(caller: str, argument: str, value: ArrayLike) -> Array:
-    value = checks.require_fraction(caller, argument, value)
-    value_checks.check_fraction(caller, argument, value)
-    return value
-
-
-def _ask_jensen_shannon(*, beta: ArrayLike = 0.5, normalized: bool = False) -> Request:
-    formula, _ = (_jensen_shannon_scaled if normalized else _jensen_shannon).request()
-    if normalized and checks.is_static(beta, 1):
-        formula = formula._replace(needs_mass=True)
-    return Request(formula, {"beta": _fraction("jensen_shannon", "beta", beta)})
-
-
-def _ask_skew_forward_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    formula, _ = _skew_forward_kl.request()
-    return Request(formula, {"alpha": _fraction("skew_forward_kl", "alpha", alpha)})
-
-
-def _ask_skew_reverse_kl(*, alpha: ArrayLike = 0.1) -> Request:
-    formula, _ = _skew_reverse_kl.request()
-    if checks.is_static(alpha, 0):
-        formula = formula._replace(needs_mass=True)
-    return Request(formula, {"alpha": _fraction("skew_reverse_kl", "alpha", alpha)})
-
-
-_answers(_ask_jensen_shannon, jensen_shannon)
-_answers(_ask_skew_forward_kl, skew_forward_kl)
-_answers(_ask_skew_reverse_kl, skew_reverse_kl)
-
-
+@_binds(lambda: Bound(_KL, {}))
 def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     r"""Kullback–Leibler divergence D(p‖q), with its arguments in the order of the formula.
 
@@ -541,7 +560,7 @@ def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     Source: Kullback and Leibler, On Information and Sufficiency, Annals of Mathematical
     Statistics 22 (1951), section 2.
     """
-    return _pipeline.evaluate(_KL, (p, q), **options)
+    return _pipeline.evaluate(_KL, (p, q), {}, **options)
 
 
 def kl_terms(
@@ -583,6 +602,11 @@ def kl_terms(
     )
 
 
+def _bind_cross_entropy(label_smoothing: ArrayLike) -> Bound:
+    return Bound(_CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
+
+
+@_binds(_bind_cross_entropy)
 def cross_entropy(
     predictions: Given,
     targets: Given,
@@ -624,19 +648,13 @@ def cross_entropy(
 
     Source: Murphy, Probabilistic Machine Learning: An Introduction, section 6.1.2.
     """
-    formula, params = _ask_cross_entropy(label_smoothing=label_smoothing)
+    formula, params = _bind_cross_entropy(label_smoothing)
     if not isinstance(targets, Distribution):
         labels = checks.to_array("cross_entropy", "targets", targets)
         checks.require_said("cross_entropy", "targets", labels)
-        return _pipeline.evaluate(
-            LABELS, (predictions, Held("labels", labels)), params=params, **options
-        )
+        return _pipeline.evaluate(LABELS, (predictions, Labels(labels)), params, **options)
     checks.require_no_smoothing("cross_entropy", label_smoothing)
-    return _pipeline.evaluate(formula, (predictions, targets), **options)
-
-
-def _ask_cross_entropy(*, label_smoothing: ArrayLike = 0.0) -> Request:
-    return Request(_CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
+    return _pipeline.evaluate(formula, (predictions, targets), {}, **options)
 
 
 def smoothing(caller: str, label_smoothing: ArrayLike) -> dict[str, Array]:
@@ -663,7 +681,7 @@ def entropy(p: Given, **options: Unpack[Options]) -> Array:
 
     Source: Cover and Thomas, Elements of Information Theory, section 2.1.
     """
-    return _pipeline.evaluate(ENTROPY, (p,), **options)
+    return _pipeline.evaluate(ENTROPY, (p,), {}, **options)
 
 
 _KL = Formula(
@@ -683,6 +701,3 @@ _CROSS_ENTROPY = Formula(
 )
 LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"), linear=None)
 ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))
-
-_answers(lambda: Request(_KL, {}), kl)
-_answers(_ask_cross_entropy, cross_entropy)

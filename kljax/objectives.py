@@ -1,7 +1,7 @@
 """Objectives: what a training step minimises, built from divergences."""
 
-import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,26 +12,17 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline, _reading
 from kljax import reduction as reductions
-from kljax._engine import checks, closures, rowwise
-from kljax._engine.blocks import Axes
-from kljax._engine.checks import Layout
-from kljax._engine.dispatch import Choice, Implementation
-from kljax._engine.representation import Operands, Spec, compute_dtype, with_infinity
-from kljax._engine.rowwise import Run
+from kljax._engine import blockwise, captures, checks, paths, value_checks
+from kljax._engine.classes import Classes
+from kljax._engine.loss import Formula, Loss
+from kljax._engine.paths import Implementation, Path
+from kljax._engine.side import Classed, compute_dtype, in_axes
 from kljax._engine.terms import nan_unless
-from kljax._engine.top_k import TopKInput, allowed
-from kljax._reading import Held, Sides
-from kljax.distributions import Distribution, LogProbs, Probs
-from kljax.divergences import (
-    ENTROPY,
-    LABELS,
-    Given,
-    Request,
-    forward_kl,
-    request_of,
-    smoothing,
-)
-from kljax.reduction import AxisName, Reduction
+from kljax._reading import ClassAxisName, Given, Inputs
+from kljax.distributions import Distribution, LogProbs, Probs, TopK
+from kljax.distributions.labels import Labels
+from kljax.divergences import ENTROPY, LABELS, bound, forward_kl, smoothing
+from kljax.reduction import AxisName, Reduction, Weighting
 
 
 @partial(export.register_namedtuple_serialization, serialized_name="kljax.DistillationMetrics")
@@ -65,6 +56,7 @@ def distillation_loss(
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    class_axis_name: ClassAxisName | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, DistillationMetrics]:
     r"""Knowledge distillation: soft targets from a teacher, and labels if there are any.
@@ -103,6 +95,7 @@ def distillation_loss(
         reduction: Of both terms; the metrics are weighted means whatever it is.
         normalizer: With "mean", the denominator of every term that ``weights`` weight.
         axis_name: Named mapped axes to sum numerators and denominators over.
+        class_axis_name: Named mapped axes over which the classes are spread.
         implementation: As for `forward_kl`.
 
     Returns:
@@ -124,158 +117,107 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015),
     section 2.
     """
-    request = checks.require_divergence(_NAME, "divergence", divergence, request_of(divergence))
-    sides = ("predictions", "targets")
-    held = tuple(map(partial(_reading.read, _NAME), sides, (predictions, targets)))
-    checks.require_no_top_k(_NAME, "predictions", held[0].kind)
-    layout = _reading.read_layout(_NAME, sides, held, axis)
-    held_labels = None if labels is None else _read_labels(labels, layout)
-    if isinstance(labels, Distribution):
-        checks.require_no_smoothing(_NAME, label_smoothing)
-    if labels is None and not checks.is_static(hard_weight, 0):
+    asked = checks.require_divergence(_NAME, "divergence", divergence, bound(divergence))
+    inputs = _reading.read(
+        _NAME,
+        {"predictions": predictions, "targets": targets},
+        axis=axis,
+        where=where,
+        temperature=temperature,
+        class_axis_name=class_axis_name,
+    )
+    layout, temperature = inputs.layout, inputs.temperature
+    dtype = compute_dtype(inputs.sides)
+    formula = _pipeline.choose_term(asked.formula, inputs)
+    plain = asked.formula.on(inputs.sides, None)
+    pure = captures.is_pure(formula.term) and captures.is_pure(plain.term)
+    path = paths.choose(_NAME, implementation, layout, inputs.sides, capturing=not pure)
+    if labels is not None:
+        inputs = inputs.also("labels", _say_labels(labels, inputs, label_smoothing))
+    elif not checks.is_static(hard_weight, 0):
         checks.fail(_NAME, "labels", "given", "None", "Or set hard_weight=0.0.")
-    where, temperature = _reading.read_options(_NAME, layout, where, temperature, held)
-    weights, normalizer = reductions.prepare(
-        _NAME, layout, weights, reduction, normalizer, axis_name
-    )
-    _, label_normalizer = reductions.prepare(
-        _NAME, layout, None, reduction, label_normalizer, axis_name
-    )
-    dtype = compute_dtype(tuple(side.value for side in held))
-    weights = jnp.ones(layout.batch, dtype) if weights is None else weights.astype(dtype)
-    if label_weights is not None:
-        label_weights = checks.to_array(_NAME, "label_weights", label_weights)
-        checks.require_weights(_NAME, "label_weights", label_weights, layout.batch)
-        label_weights = label_weights.astype(dtype)
+    read = partial(Weighting.read, _NAME, layout, reduction=reduction, axis_name=axis_name)
+    soft = read(weights=weights, normalizer=normalizer)
+    hard = read(weights=label_weights, normalizer=label_normalizer, prefix="label_")
+    ones = jnp.ones(layout.batch, dtype)
+    soft = replace(soft, weights=ones if soft.weights is None else soft.weights.astype(dtype))
+    if hard.weights is not None:
+        hard = replace(hard, weights=hard.weights.astype(dtype))
+    elif hard.normalizer is None:
+        hard = soft
+    else:
+        hard = replace(hard, weights=soft.weights)
     soft_factor = checks.require_number(_NAME, "soft_weight", soft_weight).astype(dtype)
-    hard_factor = checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype)
     if scale_by_temperature and temperature is not None:
         soft_factor = soft_factor * temperature.astype(dtype) ** 2
-    specs = _specs(request, held, temperature, layout)
-    terms = [spec.term for spec in specs]
-    setup = _Setup(
-        *specs,
-        _reading.sides_of(_NAME, *_all_sides(held, held_labels), layout),
+    terms = _Terms(
+        formula,
+        plain,
         not checks.is_static(soft_weight, 0),
         not checks.is_static(hard_weight, 0) and labels is not None,
-        reduction,
-        axis_name,
-        _pipeline.choose_blocks(_NAME, layout, held, implementation, terms),
-    )
-    batch = _Batch(
-        tuple(side.value for side in _all_sides(held, held_labels)[1]),
-        where,
-        temperature,
-        jax.tree.map(jnp.asarray, request.params),
+        jax.tree.map(jnp.asarray, asked.params),
         smoothing(_NAME, label_smoothing),
-        weights,
-        label_weights,
-        normalizer,
-        label_normalizer,
+        soft,
+        hard,
+        soft_factor,
+        checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype),
     )
-    pure = all(map(closures.is_pure, terms))
-    return (_distill_jitted if pure else _distill)(setup, batch, soft_factor, hard_factor)
+    return (_distill_jitted if pure else _distill)(path, inputs, terms)
 
 
 _NAME = "distillation_loss"
 
 
-class _Setup(NamedTuple):
-    """All that chooses code."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "smoothing", "soft", "hard", "soft_factor", "hard_factor"],
+    meta_fields=["formula", "plain", "has_soft", "has_hard"],
+)
+@dataclass(frozen=True)
+class _Terms:
+    """The two terms of the loss."""
 
-    soft: Spec  # at the temperature
-    plain: Spec  # at T = 1
-    sides: Sides  # student, teacher, and labels if there are any
+    formula: Formula  # at the temperature
+    plain: Formula  # at T = 1
     has_soft: bool
     has_hard: bool
-    reduction: Reduction
-    axis_name: AxisName | None
-    choice: Choice
-
-
-class _Batch(NamedTuple):
-    """All that is traced, but for the factors of the two terms."""
-
-    inputs: tuple[Any, ...]  # of each side
-    where: Array | None
-    temperature: Array | None
     params: Any
     smoothing: dict[str, Array]
-    weights: Array
-    label_weights: Array | None
-    normalizer: Array | None
-    label_normalizer: Array | None
+    soft: Weighting
+    hard: Weighting
+    soft_factor: Array
+    hard_factor: Array
 
 
-class _Examples(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "sides",
+        "classes",
+        "temperature",
+        "params",
+        "plain_params",
+        "smoothing",
+        "soft_factor",
+        "hard_factor",
+    ],
+    meta_fields=["formula", "plain", "has_soft"],
+)
+@dataclass(frozen=True)
+class _Examples:
     """What the loss of each example is made of."""
 
-    soft: Operands  # its scale is never None
-    plain: Operands | None
-    labels: Array | None
-    hard_scale: Array | None
+    formula: Formula
+    plain: Formula
+    has_soft: bool
+    sides: tuple[Classed, ...]  # student, teacher, and labels if there are any
+    classes: Classes
+    temperature: Array | None
+    params: Any
+    plain_params: Any
     smoothing: dict[str, Array]
-
-
-def _read_labels(labels: Any, layout: Layout) -> Held:
-    if not isinstance(labels, Distribution):
-        labels = checks.to_array(_NAME, "labels", labels)
-        checks.require_labels(_NAME, labels, layout)
-        return Held("labels", labels)
-    held = _reading.read(_NAME, "labels", labels)
-    checks.require_said_labels(_NAME, "labels", held.kind)
-    checks.require_same_batch(_NAME, "labels", held.value.shape, layout.shape)
-    return held
-
-
-def _all_sides(
-    held: tuple[Held, ...], labels: Held | None
-) -> tuple[tuple[str, ...], tuple[Held, ...]]:
-    if labels is None:
-        return ("predictions", "targets"), held
-    return ("predictions", "targets", "labels"), (*held, labels)
-
-
-def _specs(
-    request: Request, held: tuple[Held, ...], temperature: Array | None, layout: Layout
-) -> tuple[Spec, Spec]:
-    ask = partial(_pipeline.choose_spec, request.formula, held, layout=layout)
-    return ask(temperature=temperature), ask(temperature=None)
-
-
-def _distill(
-    setup: _Setup, batch: _Batch, soft_factor: Array, hard_factor: Array
-) -> tuple[Array, DistillationMetrics]:
-    sides = _assemble(setup, batch)
-    student, teacher, *labels = sides.inputs
-    soft_scale = _scale(setup, soft_factor * batch.weights, batch.weights, batch.normalizer)
-    own = batch.weights if batch.label_weights is None else batch.label_weights
-    normalizer = batch.normalizer if batch.label_weights is None else None
-    normalizer = normalizer if batch.label_normalizer is None else batch.label_normalizer
-    hard_scale = _scale(setup, hard_factor * own, own, normalizer) if setup.has_hard else None
-
-    inputs = (student, lax.stop_gradient(teacher))
-    soft = sides._replace(inputs=inputs, scale=soft_scale)
-    spec, plain_spec, plain = setup.soft, setup.plain, None
-    if not closures.is_pure(spec.term):
-        cut = setup.sides.layout.batch_axes, setup.choice
-        plain_spec, plain = closures.hoist(plain_spec, soft._replace(temperature=None), *cut)
-        spec, soft = closures.hoist(spec, soft, *cut)
-    examples = _Examples(soft, plain, labels[0] if labels else None, hard_scale, batch.smoothing)
-    run = Run(
-        partial(_each_example, setup, spec, plain_spec),
-        setup.sides.layout.batch,
-        jax.tree.structure(examples),
-        _axes(setup, examples),
-        *setup.choice,
-    )
-    compute = rowwise.values if setup.reduction == "none" else rowwise.total
-    value, seen = compute(run, examples)
-    loss, seen = reductions.total(value, setup.reduction, setup.axis_name), _Seen(*seen)
-    return loss, lax.stop_gradient(_metrics(setup, batch, seen, own))
-
-
-_distill_jitted = jax.jit(_distill, static_argnums=0)
+    soft_factor: Array  # one per example, as is the next
+    hard_factor: Array | None
 
 
 class _Seen(NamedTuple):
@@ -288,120 +230,117 @@ class _Seen(NamedTuple):
     entropy: Array
 
 
-def _each_example(
-    setup: _Setup, spec: Spec, plain_spec: Spec, examples: _Examples
-) -> tuple[Array, _Seen]:
-    """The loss of each example of a block, and what to log: both from the same logits."""
-    soft = examples.soft
-    unscaled = lax.stop_gradient(soft._replace(scale=None))
-    loss = seen_soft = seen_plain = seen_hard = jnp.zeros_like(jnp.asarray(soft.scale))
-    if setup.has_soft:
-        loss = loss + _pipeline.example_values(spec, soft)
-    seen_soft = seen_plain = _pipeline.example_values(spec, unscaled)
-    if soft.temperature is not None:
-        seen_plain = _at_one(plain_spec, examples.plain or unscaled, soft.temperature)
-    if examples.labels is not None:
-        student = Operands(
-            (soft.inputs[0], examples.labels),
-            soft.where,
-            None,
-            examples.smoothing,
-            examples.hard_scale,
-        )
-        kinds = (setup.sides.kinds[0], setup.sides.kinds[2])
-        linear = None if kinds[1] == "labels" else 1
-        hard_spec = Spec(LABELS.term, kinds, setup.sides.layout.axis, linear=linear)
-        if setup.has_hard:
-            loss = loss + _pipeline.example_values(hard_spec, student)
-        seen_hard = _pipeline.example_values(
-            hard_spec, lax.stop_gradient(student._replace(scale=None))
-        )
-    best = [_argmax(x, soft.where, setup.sides.layout) for x in unscaled.inputs]
-    same = jnp.broadcast_to(best[0] == best[1], loss.shape).astype(loss.dtype)
-    teacher = unscaled._replace(inputs=unscaled.inputs[1:], params=())
-    entropy_spec = Spec(ENTROPY.term, setup.sides.kinds[1:2], setup.sides.layout.axis)
-    entropy = jnp.broadcast_to(_at_one(entropy_spec, teacher, soft.temperature), loss.shape)
-    return loss, _Seen(seen_soft, seen_plain, seen_hard, same, entropy)
+def _say_labels(labels: Any, inputs: Inputs, label_smoothing: ArrayLike) -> Classed:
+    if not isinstance(labels, Distribution):
+        return Labels(labels)
+    checks.require_no_smoothing(_NAME, label_smoothing)
+    fits = isinstance(labels, Probs | LogProbs)
+    checks.require_said_labels(_NAME, "labels", labels, fits=fits)
+    shape = jnp.shape(*vars(labels).values())
+    checks.require_same_batch(_NAME, "labels", shape, inputs.layout.shape)
+    return labels
 
 
-def _at_one(spec: Spec, operands: Operands, temperature: Array | None) -> Array:
-    """A metric at T = 1; NaN with a top-k of another temperature: it has only its own."""
-    values = _pipeline.example_values(
-        spec, lax.stop_gradient(operands._replace(temperature=None, scale=None))
+def _distill(path: Path, inputs: Inputs, terms: _Terms) -> tuple[Array, DistillationMetrics]:
+    soft, hard = terms.soft, terms.hard
+    examples = _examples(path, inputs, terms)
+    axes = in_axes(inputs.layout, examples.sides, examples.classes, examples.temperature)
+    shared = (examples.params, examples.plain_params, examples.smoothing)
+    axes += tuple(None for _ in jax.tree.leaves(shared))
+    axes += (inputs.layout.per_example,) * (2 if terms.has_hard else 1)
+    compute = blockwise.values if soft.reduction == "none" else blockwise.total
+    value, seen = compute(_each_example, path, examples, axes)
+    metrics = lax.stop_gradient(_metrics(_Seen(*seen), soft, hard))
+    return soft.over_axes(value), metrics
+
+
+_distill_jitted = jax.jit(_distill, static_argnums=0)
+
+
+def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
+    layout, soft, hard = inputs.layout, terms.soft.weights, terms.hard.weights
+    counted = (soft, soft)  # a side is read where any term reads it
+    if len(inputs.sides) > 2:
+        counted = ((soft != 0) | (hard != 0), soft, hard)
+    for which, weights in {"weights": soft, "label_weights": hard}.items():
+        value_checks.check_weights(_NAME, which, weights)
+    (student, teacher, *labels), classes, temperature = inputs.place(counted)
+    teacher = lax.stop_gradient(teacher)
+    loss = Loss(terms.formula, (student, teacher), classes, temperature, terms.params)
+    plain = replace(loss, formula=terms.plain, temperature=None)
+    if not captures.is_pure(terms.formula.term):
+        loss, plain = (captures.hoist(each, layout, path) for each in (loss, plain))
+    soft_factor = terms.soft_factor * terms.soft.factor(layout.batch, soft.dtype)
+    hard_factor = terms.hard_factor * terms.hard.factor(layout.batch, soft.dtype)
+    return _Examples(
+        loss.formula,
+        plain.formula,
+        terms.has_soft,
+        (student, teacher, *labels),
+        classes,
+        temperature,
+        loss.params,
+        plain.params,
+        terms.smoothing,
+        soft_factor,
+        hard_factor if terms.has_hard else None,
     )
-    if "top_k" not in spec.kinds or temperature is None:
+
+
+def _each_example(of: _Examples) -> tuple[Array, _Seen]:
+    """The loss of each example of a block, and what to log: both from the same logits."""
+    student, teacher, *labels = of.sides
+    soft = Loss(of.formula, (student, teacher), of.classes, of.temperature, of.params)
+    loss = none = jnp.zeros_like(of.soft_factor)
+    if of.has_soft:
+        loss = loss + _pipeline.example_values(replace(soft, factor=of.soft_factor))
+    seen_soft = seen_plain = _seen(soft)
+    if of.temperature is not None:
+        plain = replace(soft, formula=of.plain, params=of.plain_params)
+        seen_plain = _at_one(plain)
+    seen_hard = none
+    if labels:
+        formula = LABELS._replace(linear=None if isinstance(labels[0], Labels) else 1)
+        hard = Loss(formula, (student, *labels), of.classes, None, of.smoothing, of.hard_factor)
+        if of.hard_factor is not None:
+            loss = loss + _pipeline.example_values(hard)
+        seen_hard = _seen(hard)
+    student, teacher = (lax.stop_gradient(side).best(of.classes) for side in of.sides[:2])
+    same = jnp.broadcast_to(student == teacher, loss.shape).astype(loss.dtype)
+    entropy = _at_one(replace(soft, formula=ENTROPY, sides=of.sides[1:2], params=()))
+    return loss, _Seen(
+        seen_soft, seen_plain, seen_hard, same, jnp.broadcast_to(entropy, loss.shape)
+    )
+
+
+def _seen(loss: Loss) -> Array:
+    return _pipeline.example_values(lax.stop_gradient(replace(loss, factor=None)))
+
+
+def _at_one(loss: Loss) -> Array:
+    """A metric at T = 1; NaN with a top-k of another temperature: it has only its own."""
+    values, temperature = _seen(replace(loss, temperature=None)), loss.temperature
+    if temperature is None or not isinstance(loss.sides[-1], TopK):
         return values
     if temperature.ndim:
-        temperature = jnp.squeeze(temperature, spec.axis)
+        temperature = jnp.squeeze(temperature, loss.classes.axis)
     return nan_unless(jnp.broadcast_to(temperature == 1, values.shape), values)
 
 
-def _assemble(setup: _Setup, batch: _Batch) -> Operands:
-    """All sides on the axes of the whole input; a side counts where any term reads it."""
-    counted = [batch.weights, batch.weights]
-    if len(setup.sides.kinds) > 2:
-        own = batch.weights if batch.label_weights is None else batch.label_weights
-        counted = [(batch.weights != 0) | (own != 0), batch.weights, own]
-    return _reading.assemble(
-        setup.sides,
-        batch.inputs,
-        tuple(counted),
-        batch.where,
-        batch.temperature,
-        batch.params,
-        {"weights": batch.weights, "label_weights": batch.label_weights},
-    )
-
-
-def _axes(setup: _Setup, examples: _Examples) -> tuple[Axes, ...]:
-    layout = setup.sides.layout
-    leading = tuple(range(len(layout.batch)))
-    parts = (examples.soft, examples.plain)
-    axes = [a for part in parts if part for a in _reading.batch_axes(layout, part)]
-    axes += [] if examples.labels is None else [layout.batch_axes]
-    axes += [] if examples.hard_scale is None else [leading]
-    return (*axes, *(None for _ in examples.smoothing))
-
-
-def _scale(setup: _Setup, scaled: Array, weights: Array, normalizer: Array | None) -> Array | None:
-    """The factor goes in with the weights, so that the loss's derivative rule holds it too."""
-    if setup.reduction == "mean" and normalizer is None:
-        normalizer = reductions.total(weights, "sum", setup.axis_name)
-    return reductions.example_scale(
-        setup.sides.layout.batch,
-        weights.dtype,
-        scaled,
-        setup.reduction,
-        normalizer,
-        setup.axis_name,
-    )
-
-
-def _metrics(setup: _Setup, batch: _Batch, seen: _Seen, own: Array) -> DistillationMetrics:
-    def mean(values: Array, weights: Array = batch.weights) -> Array:
+def _metrics(seen: _Seen, soft: Weighting, hard: Weighting) -> DistillationMetrics:
+    def mean(values: Array, weighting: Weighting = soft) -> Array:
         return reductions.reduce(
-            values, weights=weights, reduction="mean", axis_name=setup.axis_name
+            values,
+            weights=weighting.weights,
+            reduction="mean",
+            axis_name=weighting.axis_name or None,
         )
 
     return DistillationMetrics(
         soft=mean(seen.soft),
-        hard=mean(seen.hard, own),
+        hard=mean(seen.hard, hard),
         divergence=mean(seen.plain),
         agreement=mean(seen.same),
         teacher_entropy=mean(seen.entropy),
-        weight_sum=reductions.total(batch.weights, "sum", setup.axis_name),
-    )
-
-
-def _argmax(x: Any, where: Array | None, layout: Layout) -> Array:
-    if isinstance(x, TopKInput):
-        log_probs = jnp.where(allowed(x.indices, where), with_infinity(x.log_probs), -jnp.inf)
-        best = jnp.argmax(log_probs, axis=-1, keepdims=True)
-        indices = jnp.broadcast_to(x.indices, log_probs.shape)
-        return jnp.take_along_axis(indices, best, axis=-1)[..., 0]
-    scores = x if where is None else jnp.where(where, with_infinity(x), -jnp.inf)
-    classes_last = jnp.moveaxis(scores, layout.axis, range(-len(layout.axis), 0))
-    batch = classes_last.shape[: -len(layout.axis)]
-    return jnp.argmax(classes_last.reshape(*batch, math.prod(layout.classes)), axis=-1).astype(
-        jnp.int32
+        weight_sum=soft.over_axes(jnp.sum(soft.weights)),
     )

@@ -1,6 +1,8 @@
 """From one value per example to one number: the only place with a denominator."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
@@ -10,10 +12,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from kljax._engine import checks, value_checks
+from kljax._engine.classes import Layout, Shape
 from kljax._engine.terms import weigh
 
 Reduction = Literal["none", "mean", "sum", "batchmean"]
-AxisName = str | tuple[str, ...]
+AxisName = str | Sequence[str]
 
 
 def reduce(
@@ -65,80 +68,89 @@ def reduce(
     """
     values = checks.to_array("reduce", "values", values)
     checks.require_float("reduce", "values", values)
-    layout = checks.Layout(values.shape, ())
-    weights, normalizer = prepare("reduce", layout, weights, reduction, normalizer, axis_name)
-    return _reduce(values, weights, normalizer, reduction=reduction, axis_name=axis_name)
+    layout = Layout(values.shape, ())
+    weighting = Weighting.read(
+        "reduce",
+        layout,
+        weights=weights,
+        reduction=reduction,
+        normalizer=normalizer,
+        axis_name=axis_name,
+    )
+    return _reduce(values, weighting)
 
 
-@partial(jax.jit, static_argnames=("reduction", "axis_name"))
-def _reduce(
-    values: Array,
-    weights: Array | None,
-    normalizer: Array | None,
-    *,
-    reduction: Reduction,
-    axis_name: AxisName | None,
-) -> Array:
-    value_checks.check_weights("reduce", "weights", weights)
+@jax.jit
+def _reduce(values: Array, weighting: "Weighting") -> Array:
+    value_checks.check_weights("reduce", "weights", weighting.weights)
     values = values.astype("float64" if values.dtype == jnp.float64 else "float32")
-    scale = example_scale(values.shape, values.dtype, weights, reduction, normalizer, axis_name)
-    return total(values if scale is None else weigh(scale, values), reduction, axis_name)
+    factor = weighting.factor(values.shape, values.dtype)
+    if factor is not None:
+        values = weigh(factor, values)
+    return weighting.over_axes(values if weighting.reduction == "none" else jnp.sum(values))
 
 
-def prepare(
-    caller: str,
-    layout: checks.Layout,
-    weights: ArrayLike | None,
-    reduction: Reduction,
-    normalizer: ArrayLike | None,
-    axis_name: AxisName | None,
-) -> tuple[Array | None, Array | None]:
-    """Check the options of a reduction; weights and normalizer as arrays."""
-    checks.require_choice(caller, "reduction", reduction, get_args(Reduction))
-    if weights is not None:
-        weights = checks.to_array(caller, "weights", weights)
-        checks.require_weights(caller, "weights", weights, layout.batch, layout.classes)
-    if normalizer is not None:
-        if reduction != "mean":
-            expected, got = 'given with reduction="mean"', f'reduction="{reduction}"'
-            checks.fail(caller, "normalizer", expected, got, "Leave it out, or take the mean.")
-        normalizer = checks.require_number(caller, "normalizer", normalizer)
-    if axis_name is not None and reduction == "none":
-        remedy = "Nothing is summed over the axis without one."
-        checks.fail(caller, "axis_name", "given with a reduction", 'reduction="none"', remedy)
-    checks.require_axis_name(caller, axis_name)
-    return weights, normalizer
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "normalizer"],
+    meta_fields=["reduction", "axis_name"],
+)
+@dataclass(frozen=True)
+class Weighting:
+    """How one value per example becomes one number: as a factor of each, and a sum."""
 
+    weights: Array | None
+    normalizer: Array | None
+    reduction: Reduction
+    axis_name: tuple[str, ...]
 
-def example_scale(
-    batch: tuple[int, ...],
-    dtype: jnp.dtype,
-    weights: Array | None,
-    reduction: Reduction,
-    normalizer: Array | None,
-    axis_name: AxisName | None,
-) -> Array | None:
-    """The factor of each example, so that the reduction is nothing but a sum of the scaled."""
-    if weights is not None:
-        weights = weights.astype(dtype)
-    if reduction in ("none", "sum"):
-        return weights
-    if normalizer is not None:
-        denominator = normalizer.astype(dtype)
-    elif reduction == "mean":
-        ours = jnp.asarray(math.prod(batch), dtype) if weights is None else jnp.sum(weights)
-        denominator = _over(axis_name, ours)
-    else:
-        denominator = _over(axis_name, jnp.asarray(batch[0] if batch else 1, dtype))
-    empty = denominator == 0
-    share = jnp.where(empty, 0, 1 / jnp.where(empty, 1, denominator))
-    return jnp.broadcast_to(share, batch) if weights is None else weights * share
+    @classmethod
+    def read(
+        cls,
+        caller: str,
+        layout: Layout,
+        *,
+        weights: ArrayLike | None,
+        reduction: Reduction,
+        normalizer: ArrayLike | None,
+        axis_name: AxisName | None,
+        prefix: str = "",
+    ) -> "Weighting":
+        """From the options of a call, or an error; `prefix` is that of their names."""
+        checks.require_choice(caller, "reduction", reduction, get_args(Reduction))
+        if weights is not None:
+            argument = f"{prefix}weights"
+            weights = checks.to_array(caller, argument, weights)
+            checks.require_weights(caller, argument, weights, layout.batch, layout.classes)
+        if normalizer is not None:
+            argument = f"{prefix}normalizer"
+            if reduction != "mean":
+                expected, got = 'given with reduction="mean"', f'reduction="{reduction}"'
+                checks.fail(caller, argument, expected, got, "Leave it out, or take the mean.")
+            normalizer = checks.require_number(caller, argument, normalizer)
+        if axis_name is not None and reduction == "none":
+            remedy = "Nothing is summed over the axis without one."
+            checks.fail(caller, "axis_name", "given with a reduction", 'reduction="none"', remedy)
+        names = checks.require_axis_names(caller, "axis_name", axis_name)
+        checks.require_disjoint(caller, names, layout.names)
+        return cls(weights, normalizer, reduction, names)
 
+    def factor(self, batch: Shape, dtype: jnp.dtype) -> Array | None:
+        """That of each example, so that the reduction is nothing but a sum of the scaled."""
+        weights = None if self.weights is None else self.weights.astype(dtype)
+        if self.reduction in ("none", "sum"):
+            return weights
+        if self.normalizer is not None:
+            denominator = self.normalizer.astype(dtype)
+        elif self.reduction == "mean":
+            ours = jnp.asarray(math.prod(batch), dtype) if weights is None else jnp.sum(weights)
+            denominator = self.over_axes(ours)
+        else:
+            denominator = self.over_axes(jnp.asarray(batch[0] if batch else 1, dtype))
+        empty = denominator == 0
+        share = jnp.where(empty, 0, 1 / jnp.where(empty, 1, denominator))
+        return jnp.broadcast_to(share, batch) if weights is None else weights * share
 
-def total(values: Array, reduction: Reduction, axis_name: AxisName | None) -> Array:
-    """Add up what `example_scale` has scaled."""
-    return values if reduction == "none" else _over(axis_name, jnp.sum(values))
-
-
-def _over(axis_name: AxisName | None, value: Array) -> Array:
-    return value if axis_name is None else lax.psum(value, axis_name)
+    def over_axes(self, value: Array) -> Array:
+        """The sum over the named axes, if the examples are spread over any."""
+        return lax.psum(value, self.axis_name) if self.axis_name else value

@@ -2,21 +2,22 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from kljax import _pipeline, _reading
-from kljax._engine import checks, meshes, rowwise
-from kljax._engine.dispatch import Choice
-from kljax._engine.representation import Operands, log_probs_of, with_infinity
-from kljax._engine.rowwise import Rows, Run
-from kljax._engine.top_k import log_sum_exp, marked
-from kljax._reading import Input, Sides
-from kljax.distributions import Head, Logits, TopK
+from kljax import _reading
+from kljax._engine import blockwise, checks, meshes, paths
+from kljax._engine.blockwise import Rows
+from kljax._engine.paths import Path
+from kljax._engine.side import block_of, in_axes, with_infinity
+from kljax._reading import Inputs
+from kljax.distributions import Distribution, Head, Logits, TopK
+from kljax.distributions.top_k import log_sum_exp, marked
 
 
 def top_k(
@@ -65,8 +66,8 @@ def top_k(
     data-processing inequality (Cover and Thomas, Elements of Information Theory, section 2.8).
     """
     teacher = _read("top_k", logits, where, temperature)
-    k = checks.require_count("top_k", "k", k, teacher.sides.layout.classes[0])
-    indices, log_probs, log_tail = _few(teacher, _best, k)
+    k = checks.require_count("top_k", "k", k, teacher.layout.classes[0])
+    indices, log_probs, log_tail = _few(partial(_best, k), _path(teacher), teacher, ())
     return TopK(indices, log_probs, log_tail, temperature)
 
 
@@ -123,19 +124,9 @@ def sample_targets(
     teacher = _read("sample_targets", logits, where, temperature)
     n = checks.require_count("sample_targets", "n", n)
     power = checks.require_number("sample_targets", "proposal_power", proposal_power)
-    keys = jax.random.split(key, teacher.sides.layout.batch)
-    indices, log_weights = _few(teacher, _drawn, n, keys, power)
+    keys = jax.random.split(key, teacher.layout.batch)
+    indices, log_weights = _few(partial(_drawn, n), _path(teacher), teacher, (keys, power))
     return TopK(indices, log_weights, None, temperature, "truncate")
-
-
-class _Teacher(NamedTuple):
-    """A single side, as the user gave it."""
-
-    sides: Sides
-    choice: Choice  # of blocks, for a head's logits
-    value: Input
-    where: Array | None
-    temperature: Array | None
 
 
 def _read(
@@ -143,59 +134,49 @@ def _read(
     logits: ArrayLike | Logits | Head,
     where: ArrayLike | None,
     temperature: ArrayLike | None,
-) -> _Teacher:
-    held = (_reading.read(caller, "logits", logits),)
-    checks.require_logits(caller, "logits", held[0].kind, _reading.shape_of(held[0]))
-    layout = _reading.read_layout(caller, ("logits",), held, -1)
-    sharding = meshes.of_first(
-        [x for x in jax.tree.leaves(held[0].value) if x.shape == layout.shape]
-    )
+) -> Inputs:
+    fits = isinstance(logits, Logits | Head) or not isinstance(logits, Distribution)
+    checks.require_logits(caller, "logits", logits, fits=fits)
+    if not isinstance(logits, Head):
+        checks.require_class_axis(caller, "logits", np.shape(*jax.tree.leaves(logits)[:1]))
+    teacher = _reading.read(caller, {"logits": logits}, where=where, temperature=temperature)
+    (side,), layout = teacher.sides, teacher.layout
+    sharding = meshes.of_first([x for x in jax.tree.leaves(side) if x.shape == layout.shape])
     if sharding is not None:
         checks.require_whole_classes(caller, "logits", meshes.spreads(sharding, layout.axis))
-    where, temperature = _reading.read_options(caller, layout, where, temperature, held)
-    choice = _pipeline.choose_blocks(caller, layout, held, None, ())
-    sides = _reading.sides_of(caller, ("logits",), held, layout)
-    return _Teacher(sides, choice, held[0].value, where, temperature)
+    return teacher
 
 
-def _few(teacher: _Teacher, choose: Callable[..., Any], count: int, *more: Array) -> Any:
-    """What is chosen of each example, by its logits and log-probabilities."""
-    sides, choice, *given = teacher
-    return _few_jitted(sides, choice, choose, count, tuple(given), more)
+def _path(teacher: Inputs) -> Path:
+    return paths.choose(teacher.caller, None, teacher.layout, teacher.sides)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _few_jitted(
-    sides: Sides,
-    choice: Choice,
+@partial(jax.jit, static_argnums=(0, 1))
+def _few(
     choose: Callable[..., tuple[Array, ...]],
-    count: int,
-    given: tuple[Any, ...],
+    path: Path,
+    teacher: Inputs,
     more: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    layout, (value, where, temperature) = sides.layout, given
-    operands = _reading.assemble(sides, (value,), (None,), where, temperature, (), {})
+    """What is chosen of each example, by its logits and log-probabilities."""
+    layout = teacher.layout
 
-    def of_block(given: tuple[Operands, tuple[Array, ...]]) -> Rows:
-        operands, more = given
-        (x,) = operands.inputs
-        if operands.where is not None:
-            x = jnp.where(operands.where, with_infinity(x), -jnp.inf)
-        found = choose(count, x, log_probs_of("logits", operands, layout.axis), *more)
+    def of_block(given: tuple[Any, ...]) -> Rows:
+        ((side,), classes, temperature), more = given
+        x = jnp.asarray(side.array)
+        if classes.where is not None:
+            x = jnp.where(classes.where, with_infinity(x), -jnp.inf)
+        seen = side.view(classes, temperature, block_of((side,)))
+        found = choose(x, seen.log_probs, *more)
         return jnp.zeros(x.shape[:-1]), found  # of values there are none
 
-    if isinstance(value, Array):
-        return of_block((operands, more))[1]
-    leading = tuple(range(len(layout.batch)))
-    per_example = tuple(None if x.ndim == 0 else leading for x in more)  # keys are, a power is not
-    run = Run(
-        of_block,
-        layout.batch,
-        jax.tree.structure((operands, more)),
-        _reading.batch_axes(layout, operands) + per_example,
-        *choice,
-    )
-    return rowwise.values(run, lax.stop_gradient((operands, more)))[1]
+    placed = teacher.place((None,))
+    if teacher.sides[0].array is not None:
+        return of_block((placed, more))[1]
+    # Keys are one per example, a power is not.
+    per_example = tuple(layout.per_example if x.ndim else None for x in more)
+    axes = in_axes(layout, *placed) + per_example
+    return blockwise.values(of_block, path, lax.stop_gradient((placed, more)), axes)[1]
 
 
 def _best(count: int, logits: Array, log_probs: Array) -> tuple[Array, Array, Array]:

@@ -119,9 +119,9 @@ EXACT = {
         'forward_kl: axis_name must be given with a reduction; got reduction="none". '
         "Nothing is summed over the axis without one.",
     ),
-    "axis_name as a list": (
-        lambda: kljax.forward_kl(X, X, reduction="mean", axis_name=["data"]),
-        "forward_kl: axis_name must be a name or a tuple of names; got ['data'].",
+    "an axis named twice": (
+        lambda: kljax.forward_kl(X, X, reduction="mean", axis_name=["data", "data"]),
+        "forward_kl: axis_name must be distinct names; got ['data', 'data']. Name each axis once.",
     ),
     "rows that are a bool": (
         lambda: kljax.forward_kl(X, X, implementation=kljax.Chunked(rows=True)),

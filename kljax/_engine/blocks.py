@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Axes = tuple[int, ...] | None  # where an array has its batch axes; None: it has none
+from kljax._engine.classes import Axes
 
 # An axis keeps at least this many rows in a block, so that as many devices can share it.
 _SPREAD = 8
@@ -104,11 +104,10 @@ def sweep(
         ]
 
     shapes = jax.eval_shape(lambda: body(read(jnp.int32(0))))
-    zeros = _zeros_like_varying(leaves)
-    sums = [zeros(s.shape, s.dtype) for s in shapes[0]]
+    sums = [_zeros(s.shape, s.dtype, s) for s in shapes[0]]
     wholes = [_full_shape(blocks, s.shape, a) for s, a in zip(shapes[1], out_axes, strict=True)]
     rows = [
-        zeros(_slice(blocks, whole, a, None).full, _stored(s.dtype))
+        _zeros(_slice(blocks, whole, a, None).full, _stored(s.dtype), s)
         for whole, s, a in zip(wholes, shapes[1], out_axes, strict=True)
     ]
 
@@ -228,15 +227,11 @@ def _full_shape(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> tuple[int
     return tuple(full)
 
 
-def _zeros_like_varying(leaves: Sequence[Array]) -> Callable[..., Array]:
-    """Zeros that, inside `shard_map`, vary over the mesh axes that any input varies over."""
-    names = varying(leaves)
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
-        fresh = jnp.zeros(shape, dtype)
-        return lax.pcast(fresh, names, to="varying") if names else fresh
-
-    return zeros
+def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros that, inside `shard_map`, vary over the mesh axes that like varies over."""
+    kind, fresh = like.manual_axis_type, jnp.zeros(shape, dtype)
+    names = tuple(sorted(kind.varying)) if kind else ()
+    return lax.pcast(fresh, names, to="varying") if names else fresh
 
 
 def varying(leaves: Sequence[Array]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import difflib
 import numbers
 import operator
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import chex
 import jax
@@ -18,31 +18,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-Shape = tuple[int, ...]
+from kljax._engine.classes import Layout, Shape
+
 T = TypeVar("T")
-
-
-class Layout(NamedTuple):
-    """Where batch and classes lie in the whole input."""
-
-    shape: Shape
-    axis: tuple[int, ...]
-
-    @property
-    def batch_axes(self) -> tuple[int, ...]:
-        return tuple(i for i in range(len(self.shape)) if i not in self.axis)
-
-    @property
-    def batch(self) -> Shape:
-        return tuple(self.shape[i] for i in self.batch_axes)
-
-    @property
-    def classes(self) -> Shape:
-        return tuple(self.shape[i] for i in self.axis)
-
-    def expand(self, x: Array) -> Array:
-        """Give a shared distribution, or a mask of classes, the batch axes it lacks."""
-        return x if x.ndim == len(self.shape) else jnp.expand_dims(x, self.batch_axes)
 
 
 def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> NoReturn:
@@ -83,10 +61,20 @@ def require_choice(
         fail(caller, argument, "one of " + ", ".join(listed), got, "Names are case-sensitive.")
 
 
-def require_axis_name(caller: str, axis_name: Any) -> None:
-    if isinstance(axis_name, list):
-        remedy = "Make it a tuple."
-        fail(caller, "axis_name", "a name or a tuple of names", f"{axis_name}", remedy)
+def require_axis_names(caller: str, argument: str, value: Any) -> tuple[Any, ...]:
+    """The names of mapped axes, one or several or none."""
+    names = tuple(value) if isinstance(value, list | tuple) else (value,) * (value is not None)
+    if len(set(names)) != len(names):
+        fail(caller, argument, "distinct names", f"{value}", "Name each axis once.")
+    return names
+
+
+def require_disjoint(caller: str, names: tuple[Any, ...], class_names: tuple[Any, ...]) -> None:
+    both = [name for name in class_names if name in names]
+    if both:
+        expected, got = "other axes than axis_name", f"{both[0]!r} in both"
+        remedy = "An axis has either its own examples or its own classes."
+        fail(caller, "class_axis_name", expected, got, remedy)
 
 
 def require_float(caller: str, argument: str, x: Array) -> None:
@@ -171,9 +159,9 @@ def require_labels(caller: str, labels: Array, layout: Layout) -> None:
         fail(caller, "labels", expected, f"{labels.shape}", remedy)
 
 
-def require_said_labels(caller: str, argument: str, kind: str) -> None:
-    if kind not in ("probs", "log_probs"):
-        got = {"logits": "Logits", "head": "Head", "top_k": "TopK"}[kind]
+def require_said_labels(caller: str, argument: str, labels: Any, *, fits: bool) -> None:
+    if not fits:
+        got = type(labels).__name__
         fail(caller, argument, "integers, Probs or LogProbs", got, "A teacher goes into `targets`.")
 
 
@@ -221,10 +209,16 @@ def require_temperature(caller: str, temperature: Any, batch: Shape) -> Array:
     return temperature
 
 
-def require_layout(caller: str, shapes: dict[str, Shape], axis: int | Iterable[int]) -> Layout:
+def require_layout(
+    caller: str, shapes: dict[str, Shape], axis: int | Iterable[int], class_axis_name: Any = None
+) -> Layout:
     """Batch and classes of the whole input; nothing but a missing batch broadcasts."""
     whole = max(shapes, key=lambda argument: len(shapes[argument]))
-    layout = Layout(shapes[whole], _require_axis(caller, shapes[whole], axis))
+    names = require_axis_names(caller, "class_axis_name", class_axis_name)
+    layout = Layout(shapes[whole], _require_axis(caller, shapes[whole], axis), names)
+    if names and len(layout.axis) != 1:
+        got = f"{len(layout.axis)} class axes"
+        fail(caller, "axis", "a single axis with class_axis_name", got, "Flatten the classes.")
     for argument, shape in shapes.items():
         if shape not in (layout.shape, layout.classes):
             _fail_shape(caller, argument, shape, whole, layout)
@@ -295,19 +289,22 @@ def require_top_k(
             fail(caller, f"{argument}.log_tail", expected, got, "It is the mass of the rest.")
 
 
-def require_no_top_k(caller: str, argument: str, kind: str) -> None:
-    if kind == "top_k":
-        remedy = "A top-k teacher goes in as the targets of forward_kl or another divergence."
-        fail(caller, argument, "a whole distribution", "TopK", remedy)
-
-
-def require_logits(caller: str, argument: str, kind: str, shape: Shape) -> None:
-    if kind not in ("logits", "head"):
-        got = {"log_probs": "LogProbs", "probs": "Probs", "top_k": "TopK"}[kind]
-        remedy = "Logarithms of probabilities are logits: pass those."
-        fail(caller, argument, "logits or a Head", got, remedy)
+def require_class_axis(caller: str, argument: str, shape: Shape) -> None:
     if not shape:
         fail(caller, argument, "an array with a class axis", "a scalar", "Classes come last.")
+
+
+def require_classes(caller: str, argument: str, side: Any) -> None:
+    """A distribution that says how many classes there are."""
+    if not side.has_classes:
+        remedy = "A top-k teacher goes in as the targets of forward_kl or another divergence."
+        fail(caller, argument, "a whole distribution", type(side).__name__, remedy)
+
+
+def require_logits(caller: str, argument: str, side: Any, *, fits: bool) -> None:
+    if not fits:
+        remedy = "Logarithms of probabilities are logits: pass those."
+        fail(caller, argument, "logits or a Head", type(side).__name__, remedy)
 
 
 def require_whole_classes(caller: str, argument: str, are_spread: bool) -> None:
@@ -330,10 +327,40 @@ def require_count(caller: str, argument: str, value: Any, classes: int | None = 
     return count
 
 
-def require_arrays(caller: str, argument: str, kind: str) -> None:
-    if kind in ("head", "top_k"):
-        got = {"head": "Head", "top_k": "TopK"}[kind]
+def require_all_classes(caller: str, argument: str, side: Any) -> None:
+    if side.makes_classes:
+        got = type(side).__name__
         fail(caller, argument, "an array of all classes", got, "Its terms are the whole array.")
+
+
+def require_no_class_axis_name(caller: str, argument: str, got: str, layout: Layout) -> None:
+    if layout.names:
+        expected = "an array, or labels, where class_axis_name is given"
+        remedy = f"{got} does not know how to share its classes among devices yet."
+        fail(caller, argument, expected, got, remedy)
+
+
+def require_implementation(
+    caller: str, implementation: Any, chunked: type, *, explicit: bool, known: bool
+) -> None:
+    """One that there is, and that serves these arrays."""
+    if implementation is None:
+        return
+    if not isinstance(implementation, chunked):
+        choices = ("dense", "chunked")
+        require_choice(caller, "implementation", implementation, choices, optional=True)
+    if explicit and implementation != "dense":
+        got = "a mesh with explicit axes"
+        remedy = 'Leave implementation=None or "dense", or use shard_map.'
+        fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
+    if not known and implementation != "dense":
+        expected, remedy = 'None or "dense" with symbolic dimensions', "A block's size is a number."
+        fail(caller, "implementation", expected, f"{implementation}", remedy)
+    if isinstance(implementation, chunked):
+        rows = implementation.rows
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            expected, got = "Chunked of a positive int of rows", f"Chunked(rows={rows!r})"
+            fail(caller, "implementation", expected, got, "Give one.")
 
 
 def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
@@ -342,13 +369,13 @@ def require_classes_last(caller: str, argument: str, layout: Layout) -> None:
         fail(caller, "axis", f"the last with the {argument} given", got, "Leave axis=-1.")
 
 
-def require_tail(caller: str, tail: str, rest_is_known: bool, needs_mass: bool) -> None:
+def require_tail(caller: str, tail: str, rest_is_known: bool) -> None:
     """What is infinite where targets are 0 must know what mass is outside K."""
-    if needs_mass and tail == "renormalize":
+    if tail == "renormalize":
         expected = "a tail that leaves the targets some mass outside the k classes"
         remedy = 'It would be infinite; use tail="bucket".'
         fail(caller, "targets.tail", expected, '"renormalize"', remedy)
-    if needs_mass and tail == "bucket" and not rest_is_known:
+    if tail == "bucket" and not rest_is_known:
         remedy = (
             "What log_probs lack from 1 is rounding noise where the teacher is confident, and the "
             "loss infinite where that is nothing: store log_tail, which kljax.top_k returns."

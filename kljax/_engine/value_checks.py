@@ -8,11 +8,12 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
+from kljax._engine.classes import Classes, Layout
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -107,52 +108,70 @@ def _on_demand(check: Callable[Parameters, None]) -> Callable[Parameters, None]:
 
 
 @_on_demand
-def check_distribution(
-    which: str,
-    kind: str,
-    x: Array,
-    counted: Array | None,
-    axis: tuple[int, ...],
-    *,
-    bare: bool,
-    exact: bool,
-) -> None:
-    """Report values that cannot be what their type says; `counted` are those with an effect."""
-    counted = jnp.broadcast_to(True if counted is None else counted, x.shape)
-    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    checkify.check(~jnp.any(jnp.isnan(x) & counted), f"{which} hold NaN")
-    if kind == "logits":
-        if bare:
-            message = f"{which} look like probabilities (all in [0, 1], rows sum to 1); "
-            checkify.check(~_are_probabilities(x, counted, axis), message + "wrap them in Probs")
-        return
-    held, probs = ("probabilities", x) if kind == "probs" else ("log-probabilities", jnp.exp(x))
-    sign = "negative" if kind == "probs" else "positive"
-    bound = x >= 0 if kind == "probs" else x <= _SLACK
-    remedy = "Logits are what need not be normalised"
-    checkify.check(jnp.all(bound | ~counted), f"{which} hold {sign} {held}; {remedy}")
-    if exact:
-        off = _off_from_one(probs, counted, axis)
-        message = f"{which} hold {held} that do not sum to 1, but are {{off}} off; {remedy}"
-        checkify.check(off <= _SLACK, message, off=off)
-
-
-def _are_probabilities(x: Array, counted: Array, axis: tuple[int, ...]) -> Array:
-    inside = jnp.all(((x >= 0) & (x <= 1)) | ~counted)
-    several = jnp.any(jnp.sum(counted, axis=axis) > 1)  # a single class may well hold a 1
-    return inside & (_off_from_one(x, counted, axis) < 1e-3) & several
-
-
-def _off_from_one(probs: Array, counted: Array, axis: tuple[int, ...]) -> Array:
-    """How far the worst row that counts is from summing to 1."""
-    total = jnp.sum(jnp.where(counted, probs, 0), axis=axis)
-    return jnp.max(jnp.where(jnp.any(counted, axis=axis), jnp.abs(total - 1), 0), initial=0)
+def check_logits(which: str, logits: Array, classes: Classes, *, bare: bool = False) -> None:
+    """Report NaN, and bare arrays that may have been meant as probabilities."""
+    logits = _checked_for_nan(which, logits, classes)
+    if bare:
+        inside = _all((logits >= 0) & (logits <= 1), classes)
+        several = jnp.any(classes.sum(_exist(classes, logits)) > 1)  # a single one may well be 1
+        close = _off_from_one(logits, classes) < 1e-3
+        message = f"{which} look like probabilities (all in [0, 1], rows sum to 1); "
+        checkify.check(~(inside & close & several), message + "wrap them in Probs")
 
 
 @_on_demand
-def check_labels(caller: str, labels: Array, live: Array | None, classes: int) -> None:
-    valid = (labels >= 0) & (labels < classes)
-    message = f"{caller}: labels must be in [0, {classes}); give other examples the weight 0"
+def check_log_probs(which: str, log_probs: Array, classes: Classes, *, exact: bool) -> None:
+    log_probs = _checked_for_nan(which, log_probs, classes)
+    message = f"{which} hold positive log-probabilities; {_NOT_NORMALISED}"
+    checkify.check(_all(log_probs <= _SLACK, classes), message)
+    if exact:
+        _check_sum(which, "log-probabilities", jnp.exp(log_probs), classes)
+
+
+@_on_demand
+def check_probs(which: str, probs: Array, classes: Classes, *, exact: bool) -> None:
+    probs = _checked_for_nan(which, probs, classes)
+    message = f"{which} hold negative probabilities; {_NOT_NORMALISED}"
+    checkify.check(_all(probs >= 0, classes), message)
+    if exact:
+        _check_sum(which, "probabilities", probs, classes)
+
+
+_NOT_NORMALISED = "Logits are what need not be normalised"
+
+
+def _checked_for_nan(which: str, x: Array, classes: Classes) -> Array:
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    checkify.check(_all(~jnp.isnan(x), classes), f"{which} hold NaN")
+    return x
+
+
+def _check_sum(which: str, held: str, probs: Array, classes: Classes) -> None:
+    off = _off_from_one(probs, classes)
+    message = f"{which} hold {held} that do not sum to 1, but are {{off}} off; {_NOT_NORMALISED}"
+    checkify.check(off <= _SLACK, message, off=off)
+
+
+def _all(holds: Array, classes: Classes) -> Array:
+    """Whether something holds at every class that counts."""
+    return ~jnp.any(classes.any(_exist(classes, holds) & ~holds))
+
+
+def _exist(classes: Classes, like: Array) -> Array:
+    return jnp.broadcast_to(True if classes.where is None else classes.where, like.shape)
+
+
+def _off_from_one(probs: Array, classes: Classes) -> Array:
+    """How far the worst row that counts is from summing to 1."""
+    off = jnp.abs(classes.sum(classes.present(probs)) - 1)
+    return jnp.max(jnp.where(classes.any(_exist(classes, probs)), off, 0), initial=0)
+
+
+@_on_demand
+def check_labels(which: str, labels: Array, live: Array | None, layout: Layout) -> None:
+    count = layout.classes[0] * (lax.axis_size(layout.names) if layout.names else 1)
+    valid = (labels >= 0) & (labels < count)
+    message = f"{which} must be in [0, {count}); give other examples the weight 0"
     checkify.check(jnp.all(valid if live is None else valid | ~live), message)
 
 
@@ -169,7 +188,7 @@ def check_top_k(
     """Report a cache of something else than log-probabilities of classes."""
     counted = ~jnp.isneginf(log_probs)
     if live is not None:
-        counted &= live
+        counted &= live[..., None]
     log_probs = log_probs if log_probs.dtype == jnp.float64 else log_probs.astype(jnp.float32)
     inside = (indices >= 0) & (indices < classes)
     checkify.check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {classes})")

@@ -11,7 +11,7 @@ from helpers import assert_close
 from jax import lax
 
 import kljax
-from kljax._engine.statistics import RowState, empty, merge, row_state
+from kljax._engine.states import RowState, empty, merge, row_state
 
 INF, NAN = np.inf, np.nan
 ROWS = np.array(

@@ -24,42 +24,59 @@ def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> RowState:
     return RowState(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))
 
 
-def merge(a: RowState, b: RowState, inverse_temperature: Array | float = 1.0) -> RowState:
+def merge(a: RowState, b: RowState, inverse_temperature: Array | None = None) -> RowState:
     """The state of two parts of a row together."""
     peak = jnp.maximum(a.peak, b.peak)
-
-    def lowered(part: RowState) -> Array:
-        return part.mass * jnp.exp((part.peak - peak) * inverse_temperature)
-
-    return RowState(peak, lowered(a) + lowered(b))
+    a_mass, b_mass = (_mass_below(peak, part, inverse_temperature) for part in (a, b))
+    return RowState(peak, a_mass + b_mass)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _mass_below(peak: Array, part: RowState, inverse_temperature: Array | None) -> Array:
+    """The mass of a part, relative to the peak of the whole."""
+    below = part.peak - peak
+    below = below if inverse_temperature is None else below * inverse_temperature
+    return part.mass * jnp.exp(below)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def row_state(
-    x: Array, inverse_temperature: Array | None, axis: tuple[int, ...], dtype: jnp.dtype
+    x: Array,
+    inverse_temperature: Array | None,
+    axis: tuple[int, ...],
+    dtype: jnp.dtype,
+    names: tuple[str, ...] = (),
 ) -> RowState:
-    """The state of whole rows, with the axes kept; the peak is a constant to derivatives."""
+    """The state of whole rows, with the axes kept; the peak is a constant to derivatives.
+
+    Args:
+        names: The mapped axes over which the classes are spread.
+    """
     operands = (x,)
     if inverse_temperature is not None:  # one per example makes as many rows of a shared one
         shape = jnp.broadcast_shapes(x.shape, inverse_temperature.shape)
         operands = (jnp.broadcast_to(x, shape), inverse_temperature)
     # Where memory is the limit, one pass; a CPU is faster in two passes of simple reductions.
-    return lax.platform_dependent(
+    state = lax.platform_dependent(
         *operands,
         cpu=partial(_in_two_passes, axis=axis, dtype=dtype),
         default=partial(_in_one_pass, axis=axis, dtype=dtype),
     )
+    if not names:
+        return state
+    peak = lax.pmax(state.peak, names)
+    return RowState(peak, lax.psum(_mass_below(peak, state, inverse_temperature), names))
 
 
 @row_state.defjvp
-def _row_state_jvp(axis, dtype, primals, tangents):
+def _row_state_jvp(axis, dtype, names, primals, tangents):
     x, inverse = primals
     x_dot, inverse_dot = tangents
-    state = row_state(x, inverse, axis, dtype)
+    state = row_state(x, inverse, axis, dtype, names)
     scores, scores_dot = x.astype(dtype) - state.peak, x_dot.astype(dtype)
     if inverse is not None:
         scores, scores_dot = jax.jvp(scale, (scores, inverse), (scores_dot, inverse_dot))
     mass_dot = jnp.sum(jnp.exp(scores) * scores_dot, axis=axis, keepdims=True)
+    mass_dot = lax.psum(mass_dot, names) if names else mass_dot
     return state, RowState(jnp.zeros_like(state.peak), mass_dot)
 
 

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine import head, linear
-from kljax._engine.blocks import Axes, Blocks, rescale, sweep, times, varying, whole, widened
+from kljax._engine import linear
+from kljax._engine.blocks import Blocks, rescale, sweep, times, varying, whole, widened
+from kljax._engine.classes import Axes
+from kljax._engine.paths import Path
+from kljax._engine.side import Classed
 
 Tree = Any
 Leaves = list[Array]
@@ -26,31 +29,49 @@ Rows = tuple[Array, tuple[Array, ...]]  # one value per example, and more to loo
 class Run(NamedTuple):
     """A loss per example, and how its batch is cut."""
 
-    function: Callable[[Tree], Rows]  # from operands, their heads projected to logits
-    batch: tuple[int, ...]
+    each: Callable[[Tree], Rows]  # of a block, the logits of its sides at hand
+    path: Path
     tree: Any
     axes: tuple[Axes, ...]  # of each leaf
-    cpu: Blocks
-    elsewhere: Blocks
 
     @property
-    def single(self) -> bool:
-        return self.cpu.single and self.elsewhere.single
+    def batch(self) -> tuple[int, ...]:
+        return self.path.batch
 
 
-def values(run: Run, operands: Tree) -> Rows:
-    """One value per example."""
-    if run.single:
-        return _watched(run.function(head.project(operands)))
-    return _values(run, _aligned(operands))
+def values(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]) -> Rows:
+    """One value per example.
+
+    Args:
+        each: Of the tree, or a block of it whose sides' logits are at hand, the value of each
+            example, and more to look at.
+        path: How to cut it.
+        tree: A pytree of sides and other arrays.
+        axes: Where each leaf has its batch axes.
+    """
+    if path.whole:
+        return _watched(each(with_logits(tree)))
+    return _values(*_run(each, path, tree, axes))
 
 
-def total(run: Run, operands: Tree) -> Rows:
+def total(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]) -> Rows:
     """The sum over all examples."""
-    if run.single:
-        each, seen = _watched(run.function(head.project(operands)))
-        return jnp.sum(each), seen
-    return _total(run, _aligned(operands))
+    if path.whole:
+        value, seen = _watched(each(with_logits(tree)))
+        return jnp.sum(value), seen
+    return _total(*_run(each, path, tree, axes))
+
+
+def with_logits(tree: Tree) -> Tree:
+    """The same with every side's logits at hand."""
+    return jax.tree.map(lambda x: x.project()[0] if _is_side(x) else x, tree, is_leaf=_is_side)
+
+
+def _run(
+    each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]
+) -> tuple[Run, Leaves]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return Run(each, path, treedef, axes), _aligned(leaves, path.names)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -229,23 +250,49 @@ def _gradient(
 ) -> tuple[Array, tuple[Array, ...], Leaves]:
     """Of one block: values, what there is to look at, and the gradient to the moving leaves.
 
-    To what a head is made of it goes by hand, for the sums over blocks to be of float32.
+    From logits that were made here it goes by hand, for the sums over blocks to be of float32.
     """
-    operands = jax.tree.unflatten(run.tree, block)
-    projected, pullback = head.project_with_pullback(operands, moving)
-    leaves, tree = jax.tree.flatten(projected.operands)
+    tree, moving, pullbacks = _with_pullbacks(jax.tree.unflatten(run.tree, block), moving)
+    leaves, treedef = jax.tree.flatten(tree)
 
     def each(moved: Leaves) -> Rows:
-        return run.function(jax.tree.unflatten(tree, _replace(leaves, projected.moving, moved)))
+        return run.each(jax.tree.unflatten(treedef, _replace(leaves, moving, moved)))
 
-    value, pull, seen = jax.vjp(each, [leaves[i] for i in projected.moving], has_aux=True)
+    value, pull, seen = jax.vjp(each, [leaves[i] for i in moving], has_aux=True)
     (gradient,) = pull(jnp.ones_like(value) if cts is None else cts.astype(value.dtype))
-    return value, jax.tree.map(lax.stop_gradient, seen), pullback(gradient)
+    gradient = [x for back, ct in zip(pullbacks, gradient, strict=True) for x in back(ct)]
+    return value, jax.tree.map(lax.stop_gradient, seen), gradient
+
+
+def _with_pullbacks(
+    tree: Tree, moving: tuple[int, ...]
+) -> tuple[Tree, tuple[int, ...], list[Callable[[Array], Leaves]]]:
+    """`with_logits`; its moving leaves, and from each of them the way back to the tree's own."""
+    items, treedef = jax.tree.flatten(tree, is_leaf=_is_side)
+    before, after, now_moving, pullbacks = 0, 0, [], []
+    for place, item in enumerate(items):
+        count, pull = len(jax.tree.leaves(item)), None
+        own = [i - before for i in moving if before <= i < before + count]
+        if _is_side(item):
+            items[place], pull = item.project()
+        if own and pull:
+            now_moving.append(after)
+            pullbacks.append(partial(pull, own))
+        else:
+            now_moving += [after + i for i in own]
+            pullbacks += [lambda ct: [ct]] * len(own)
+        before += count
+        after += len(jax.tree.leaves(items[place]))
+    return jax.tree.unflatten(treedef, items), tuple(now_moving), pullbacks
+
+
+def _is_side(x: Any) -> bool:
+    return isinstance(x, Classed)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _evaluate(run: Run, leaves: Any) -> Rows:
-    return _watched(run.function(head.project(jax.tree.unflatten(run.tree, leaves))))
+    return _watched(run.each(with_logits(jax.tree.unflatten(run.tree, leaves))))
 
 
 def _watched(rows: Rows) -> Rows:
@@ -255,10 +302,11 @@ def _watched(rows: Rows) -> Rows:
 
 def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
     """Choose the blocks when the platform is known: at lowering, not while tracing."""
-    if run.cpu == run.elsewhere:
-        return compute(run.cpu, *args)
+    cpu, elsewhere = run.path.cuts
+    if cpu == elsewhere:
+        return compute(cpu, *args)
     return lax.platform_dependent(
-        *args, cpu=partial(compute, run.cpu), default=partial(compute, run.elsewhere)
+        *args, cpu=partial(compute, cpu), default=partial(compute, elsewhere)
     )
 
 
@@ -290,13 +338,13 @@ def _moving(dots: list[Any]) -> tuple[int, ...]:
     )
 
 
-def _aligned(operands: Tree) -> Leaves:
+def _aligned(leaves: Leaves, but: tuple[str, ...]) -> Leaves:
     """The leaves, all varying over the same mesh axes inside `shard_map`.
 
-    What is shared there gets its gradient summed over the mesh by JAX, not by the rules here.
+    What is shared there gets its gradient summed over the mesh by JAX, not by the rules here; but
+    over the axes that the classes are spread over, a block sums it.
     """
-    leaves = jax.tree.leaves(operands)
-    names = varying(leaves)
+    names = tuple(name for name in varying(leaves) if name not in but)
     lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
     return [
         lax.pcast(x, missing, to="varying") if missing else x

@@ -1,6 +1,6 @@
 """Terms that capture values: kept out of jit's cache, and their captured arrays made arguments."""
 
-from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kljax._engine import head
-from kljax._engine.blocks import Blocks, block_shapes
-from kljax._engine.representation import Operands, Spec, view, without_heads
-from kljax._engine.top_k import coarsen
+from kljax._engine.blocks import block_shapes
+from kljax._engine.blockwise import with_logits
+from kljax._engine.classes import Layout
+from kljax._engine.loss import Loss
+from kljax._engine.paths import Path
 
 _JITTED = type(jax.jit(lambda: None))
 
@@ -53,24 +54,24 @@ def _content(cell: CellType) -> Any:
         return cell
 
 
-def hoist(
-    spec: Spec, operands: Operands, batch_axes: tuple[int, ...], cuts: Iterable[Blocks]
-) -> tuple[Spec, Operands]:
+def hoist(loss: Loss, layout: Layout, path: Path) -> Loss:
     """Make arguments of the arrays that a term captured, so that they get their gradients.
 
     A block has its own shape, and its own trace of the term: all are made here, while what the
     term captures can still be read.
     """
-    whole = jax.eval_shape(partial(_arguments, spec), operands)
+    term = loss.formula.term
+    whole = jax.eval_shape(_arguments, loss)
     traces = {}
     full = jnp.shape(whole[1])
-    for shape in {full, *(shape for cut in cuts for shape in block_shapes(cut, full, batch_axes))}:
+    shapes = (shape for cut in path.cuts for shape in block_shapes(cut, full, layout.batch_axes))
+    for shape in {full, *shapes}:
         cut = lambda x, shape=shape: (  # noqa: E731  (the whole as it is, for its sharding)
             x if x.shape == shape else jax.ShapeDtypeStruct(shape, x.dtype)
         )
-        traces[shape] = _trace(spec, *jax.tree.map(cut, whole[:2]), whole[2])
+        traces[shape] = _trace(term, *jax.tree.map(cut, whole[:2]), whole[2])
 
-    def term(
+    def traced(
         log_probs: tuple[Array, ...], log_ratio: Array, params: tuple[Any, tuple[Any, ...]]
     ) -> Array:
         own, captured = params
@@ -80,16 +81,16 @@ def hoist(
             jax.tree.structure(out), jax.core.eval_jaxpr(jaxpr.jaxpr, captured, *leaves)
         )
 
-    captured = traces[full][0].consts
-    return spec._replace(term=term), operands._replace(params=(operands.params, captured))
+    params = (loss.params, traces[full][0].consts)
+    return replace(loss, formula=loss.formula._replace(term=traced), params=params)
 
 
-def _arguments(spec: Spec, operands: Operands) -> tuple[Any, ...]:
-    spec, operands = coarsen(without_heads(spec), head.project(operands))
-    seen = view(spec, operands)
-    return seen.log_probs, seen.log_ratio, operands.params
+def _arguments(loss: Loss) -> tuple[Any, ...]:
+    loss = with_logits(loss).on_few_classes()
+    seen = loss.view()
+    return seen.log_probs, seen.log_ratio, loss.params
 
 
-def _trace(spec: Spec, *arguments: Any) -> Any:
-    fresh = lambda *arguments: spec.term(*arguments)  # noqa: E731  (traces are cached by function)
+def _trace(term: Any, *arguments: Any) -> Any:
+    fresh = lambda *arguments: term(*arguments)  # noqa: E731  (traces are cached by function)
     return jax.make_jaxpr(fresh, return_shape=True)(*arguments)

@@ -1,13 +1,13 @@
-"""Which implementation serves a call: one table of how many bytes of logits a block may hold."""
+"""How a batch is computed: one table of how many bytes of logits a block may hold."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from kljax._engine import checks
+from kljax._engine import checks, meshes
 from kljax._engine.blocks import Blocks, exactly, fitting, whole
-from kljax._engine.representation import Kind
+from kljax._engine.classes import Layout
+from kljax._engine.side import Classed
 
 
 @dataclass(frozen=True)
@@ -60,58 +60,62 @@ _CPU_CHUNKED = _CPU._replace(at_once=_MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)
 
 
-class Choice(NamedTuple):
-    """How the batch is cut where it runs."""
+class Path(NamedTuple):
+    """How the batch is cut; which of the two is known when the program is lowered."""
 
     cpu: Blocks
     elsewhere: Blocks
+    names: tuple[str, ...] = ()  # the mapped axes over which a block's classes are spread
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is cut anywhere."""
+        return all(cut.single for cut in self.cuts)
 
-def at_once(batch: tuple[int, ...]) -> Choice:
-    return Choice(whole(batch), whole(batch))
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.cpu.batch
+
+    @property
+    def cuts(self) -> tuple[Blocks, Blocks]:
+        return self.cpu, self.elsewhere
 
 
 def choose(
     caller: str,
     implementation: Implementation | None,
-    batch: tuple[int, ...],
-    classes: int,
+    layout: Layout,
+    sides: tuple[Classed, ...],
     *,
-    itemsize: int,
-    kinds: Collection[Kind],
-    explicit_mesh: bool,
-) -> Choice:
-    """How to run. A named implementation runs or raises; None leaves the choice here."""
-    if implementation is not None and not isinstance(implementation, Chunked):
-        checks.require_choice(
-            caller, "implementation", implementation, ("dense", "chunked"), optional=True
-        )
-    if explicit_mesh and implementation not in (None, "dense"):
-        got = "a mesh with explicit axes"
-        remedy = 'Leave implementation=None or "dense", or use shard_map.'
-        checks.fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
-    sizes = (*batch, classes)
-    if implementation not in (None, "dense") and not all(map(checks.is_known_size, sizes)):
-        expected, remedy = 'None or "dense" with symbolic dimensions', "A block's size is a number."
-        checks.fail(caller, "implementation", expected, f"{implementation}", remedy)
+    capturing: bool = False,
+) -> Path:
+    """How to run. A named implementation runs or raises; None leaves the choice here.
+
+    Args:
+        capturing: A term captures values, which may be of the batch's size.
+    """
+    batch, classes = layout.batch, math.prod(layout.classes)
+    explicit = meshes.explicit(sides)
+    known = all(map(checks.is_known_size, layout.shape))
+    checks.require_implementation(caller, implementation, Chunked, explicit=explicit, known=known)
     if isinstance(implementation, Chunked):
-        rows = implementation.rows
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-            expected, got = "Chunked of a positive int of rows", f"Chunked(rows={rows!r})"
-            checks.fail(caller, "implementation", expected, got, "Give one.")
-        return Choice(*[exactly(batch, rows)] * 2)
-    if implementation == "dense" or explicit_mesh or not all(map(checks.is_known_size, sizes)):
-        return at_once(batch)
-    if math.prod(sizes) == 0:
-        return at_once(batch)
+        return Path(*[exactly(batch, implementation.rows)] * 2, layout.names)
+    makes_classes = any(side.makes_classes for side in sides)
+    if implementation == "dense" or explicit or not known or math.prod(layout.shape) == 0:
+        return Path(whole(batch), whole(batch))
+    if implementation is None and capturing and not makes_classes:
+        return Path(whole(batch), whole(batch))
     cpu, elsewhere = _CPU, None
     if implementation == "chunked":
         cpu, elsewhere = _CPU_CHUNKED, _ELSEWHERE_CHUNKED
-    if "head" in kinds:
+    if any(side.has_kernel for side in sides):
         cpu = _CPU_HEAD
-    if "head" in kinds or "top_k" in kinds:
+    if makes_classes:
         elsewhere = _ELSEWHERE_MADE
-    return Choice(*(_blocks(batch, classes, itemsize, budget) for budget in (cpu, elsewhere)))
+    arrays = [side.array for side in sides if side.array is not None]
+    itemsize = min((x.dtype.itemsize for x in arrays), default=4)
+    cuts = (_blocks(batch, classes, itemsize, budget) for budget in (cpu, elsewhere))
+    return Path(*cuts, layout.names)
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:

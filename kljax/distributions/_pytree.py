@@ -1,0 +1,47 @@
+"""How a distribution becomes a pytree."""
+
+import json
+import numbers
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from jax import export
+from jax.tree_util import GetAttrKey, register_pytree_with_keys
+
+T = TypeVar("T")
+
+_STATIC = ("softcap", "tail", "transposed")
+
+
+def pytree(cls: type[T]) -> type[T]:
+    """Register a class of arrays and static options.
+
+    A temperature that is a plain number is static too: it does not become one per example when
+    the arrays are mapped or cut. Not with `register_dataclass`: the tree structures of two such
+    classes compare equal, and a trace of one would serve the other.
+    """
+    names = [field.name for field in fields(cast(Any, cls))]
+
+    def is_static(side: Any, name: str) -> bool:
+        number = isinstance(getattr(side, name), numbers.Real)
+        return name in _STATIC or (name == "temperature" and number)
+
+    def flatten(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
+        static = tuple((name, getattr(side, name)) for name in names if is_static(side, name))
+        leaves = [name for name in names if not is_static(side, name)]
+        return [(GetAttrKey(name), getattr(side, name)) for name in leaves], static
+
+    def unflatten(static: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
+        options = dict(static)
+        leaves = [name for name in names if name not in options]
+        return cls(**dict(zip(leaves, children, strict=True)), **options)
+
+    register_pytree_with_keys(cls, flatten, unflatten)
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"kljax.{cls.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static, default=float).encode(),
+        deserialize_auxdata=lambda text: tuple(map(tuple, json.loads(text))),
+    )
+    return cls

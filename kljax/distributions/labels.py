@@ -1,0 +1,83 @@
+"""Integer labels: a one-hot distribution whose array of classes never exists."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
+
+from kljax._engine import checks, meshes, value_checks
+from kljax._engine.classes import Axes, Classes, Layout
+from kljax._engine.side import Classed, Side
+from kljax._engine.states import RowState
+from kljax.distributions._pytree import pytree
+
+
+@pytree
+@dataclass(frozen=True, eq=False)
+class Labels(Classed):
+    """The number of each example's class."""
+
+    labels: ArrayLike
+
+    has_classes = False
+
+    def read(self, caller: str, argument: str) -> Self:
+        return type(self)(checks.to_array(caller, argument, self.labels))
+
+    def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
+        checks.require_labels(caller, jnp.asarray(self.labels), layout)
+        return self
+
+    def normalizes(self, temperature: Array | None) -> bool:
+        return False
+
+    def place(
+        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+    ) -> Self:
+        whole = jnp.expand_dims(jnp.asarray(self.labels), layout.axis)
+        if spread is not None:  # there are no classes to spread over
+            whole = meshes.spread(whole, meshes.without(spread, layout.axis))
+        return type(self)(whole)
+
+    def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
+        return (layout.batch_axes,)
+
+    def report(
+        self,
+        which: str,
+        layout: Layout,
+        classes: Classes,
+        live: Array | None,
+        temperature: Array | None,
+    ) -> None:
+        labels = jnp.squeeze(jnp.asarray(self.labels), layout.axis)
+        value_checks.check_labels(which, labels, live, layout)
+
+    def view(
+        self,
+        classes: Classes,
+        temperature: Array | None,
+        like: jax.ShapeDtypeStruct,
+        state: RowState | None = None,
+    ) -> Side:
+        labels = jnp.asarray(self.labels)
+        if labels.dtype.itemsize < 4:
+            labels = labels.astype(jnp.int32)  # the classes must not wrap around
+        numbers = classes.numbers(like, labels.dtype)
+        if like.sharding is not None:
+            labels = meshes.spread(jnp.broadcast_to(labels, like.shape), like.sharding)
+        hit = numbers == labels
+        if classes.where is None:
+            exists = classes.any(hit)
+        else:
+            hit = hit & classes.where
+            exists = classes.any(hit) | ~classes.any(classes.where)
+        log_probs = jnp.where(hit, 0, -jnp.inf).astype(like.dtype)
+        return Side(log_probs, log_probs, exists=exists)
+
+    def best(self, classes: Classes) -> Array:
+        return jnp.squeeze(jnp.asarray(self.labels), classes.axis)

@@ -1,0 +1,209 @@
+"""Classes spread over a mapped axis: what eight devices compute together is what one computes."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import named
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import kljax
+
+N, V = 6, 16
+WHERE = np.arange(V) % 5 > 0
+LABELS = np.array([0, 3, 15, 8, 9, 4])
+WEIGHTS = np.array([1.0, 0.0, 2.0, 1.0, 0.0, 3.0], np.float32)
+KINDS = {
+    "logits": lambda x: x,
+    "log-probabilities": lambda x: kljax.LogProbs(jax.nn.log_softmax(x)),
+    "probabilities": lambda x: kljax.Probs(jax.nn.softmax(x)),
+}
+BLOCKS = {"implementation": kljax.Chunked(rows=4)}
+CASES = {
+    "forward": ("forward_kl", "logits", {}),
+    "reverse, two axes": ("reverse_kl", "logits", {"temperature": 2.0}),
+    "jeffreys": ("jeffreys", "logits", {"where": WHERE}),
+    "jensen-shannon": ("jensen_shannon", "logits", {"weights": WEIGHTS, "reduction": "mean"}),
+    "skew, two axes": (
+        "skew_reverse_kl",
+        "logits",
+        {"temperature": np.arange(1, N + 1.0), "reduction": "batchmean"},
+    ),
+    "cross-entropy": ("cross_entropy", "logits", {"temperature": 3.0}),
+    "log-probabilities": ("forward_kl", "log-probabilities", {}),
+    "probabilities": ("cross_entropy", "probabilities", {}),
+    "forward in blocks": ("forward_kl", "logits", {"temperature": 2.0, "where": WHERE, **BLOCKS}),
+    "skew in blocks": ("skew_forward_kl", "probabilities", {"reduction": "sum", **BLOCKS}),
+}
+
+
+def meshes(two):
+    shape, names = ((4, 2), ("model", "expert")) if two else ((8,), ("model",))
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def on_a_mesh(loss, mesh, spread):
+    """The loss with the last axis of some of its arguments, the first ones, spread over a mesh."""
+    names = mesh.axis_names
+    class_axis_name = names if len(names) > 1 else names[0]
+    by_last = lambda x: P(*(None,) * (jnp.ndim(x) - 1), names)  # noqa: E731
+
+    def sharded(*arrays):
+        specs = [by_last(x) if i < spread else P() for i, x in enumerate(arrays)]
+        body = partial(loss, class_axis_name=class_axis_name)
+        body = jax.shard_map(body, mesh=mesh, in_specs=tuple(specs), out_specs=P())
+        return body(*arrays)
+
+    return sharded
+
+
+def alike(got, want):
+    """Up to what another order of the sums makes of the largest entries."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        b = np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * (1 + np.abs(b).max()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_derivative(rng, case):
+    """Value, gradient, tangent and Hessian-vector product, to both sides and the temperature."""
+    name, kind, options = CASES[case]
+    options = dict(options)
+    x, y = (jnp.asarray(rng.normal(size=(N, V)), jnp.float32) for _ in range(2))
+    where, temperature = options.pop("where", None), options.pop("temperature", None)
+    where = jnp.ones(V, bool) if where is None else jnp.asarray(where)
+    moved = [x, y] + ([] if temperature is None else [jnp.asarray(temperature, jnp.float32)])
+    whole = KINDS[kind]  # made of all classes, and only then spread
+
+    def loss(x, y, where, *temperature, class_axis_name=None):
+        given = dict(zip(["temperature"], temperature, strict=False), **options)
+        wrap = {"logits": kljax.Logits, "probabilities": kljax.Probs}.get(kind, kljax.LogProbs)
+        given |= {"where": where} if "where" in CASES[case][2] else {}
+        return named(name)(wrap(x), wrap(y), class_axis_name=class_axis_name, **given)
+
+    def derivatives(loss):
+        def total(x, y, *temperature):
+            x, y = (jax.tree.leaves(whole(z))[0] for z in (x, y))
+            return jnp.sum(jnp.sin(loss(x, y, where, *temperature)))
+
+        gradient = jax.grad(total, tuple(range(len(moved))))
+        steps = [jnp.cos(3.0 * x) for x in moved]
+        return (*jax.jvp(total, moved, steps), *jax.jvp(gradient, moved, steps))
+
+    sharded = on_a_mesh(loss, meshes("two axes" in case), 3)
+    alike(jax.jit(partial(derivatives, sharded))(), jax.jit(partial(derivatives, loss))())
+
+
+@pytest.mark.parametrize("labels", ["integers", "soft"])
+def test_distillation_with_labels_and_metrics(rng, labels):
+    """Labels number the whole vocabulary, and so does the class where student and teacher agree."""
+    x, y, z = (jnp.asarray(rng.normal(size=(N, V)), jnp.float32) for _ in range(3))
+    soft = jax.nn.softmax(z)
+
+    def loss(x, y, soft, hard, class_axis_name=None):
+        return kljax.distillation_loss(
+            x,
+            y,
+            hard if labels == "integers" else kljax.Probs(soft),
+            temperature=2.0,
+            hard_weight=0.5,
+            label_smoothing=0.1 if labels == "integers" else 0.0,
+            weights=WEIGHTS,
+            class_axis_name=class_axis_name,
+            implementation=kljax.Chunked(rows=4),
+        )
+
+    def both(loss):
+        run = jax.value_and_grad(loss, argnums=(0, 2), has_aux=True)
+        return jax.jit(run)(x, y, soft, jnp.asarray(LABELS))
+
+    y = y.at[0].set(x[0])
+    alike(both(on_a_mesh(loss, meshes(two=True), 3)), both(loss))
+
+
+def test_labels_with_smoothing_of_the_classes_that_exist(rng):
+    """The uniform distribution is that over all shards; a label that does not exist gives NaN."""
+    x = jnp.asarray(rng.normal(size=(N, V)), jnp.float32)
+
+    def loss(x, where, labels, class_axis_name=None):
+        return kljax.cross_entropy(
+            x, labels, label_smoothing=0.2, where=where, class_axis_name=class_axis_name
+        )
+
+    arguments = x, jnp.asarray(WHERE), jnp.asarray([1, 0, V, -1, 7, 8], jnp.int8)
+    want = loss(*arguments)
+    assert np.isnan(want).tolist() == [False, True, True, True, False, False]
+    alike(jax.jit(on_a_mesh(loss, meshes(two=False), 2))(*arguments), want)
+
+
+def test_examples_and_classes_on_axes_of_their_own(rng):
+    """The batch over one axis of the mesh, the classes over the other."""
+    x, y = (jnp.asarray(rng.normal(size=(8, V)), jnp.float32) for _ in range(2))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def loss(x, y, weights, **names):
+        return kljax.forward_kl(x, y, weights=weights, reduction="mean", **names)
+
+    sharded = jax.shard_map(
+        partial(loss, axis_name="data", class_axis_name="model"),
+        mesh=mesh,
+        in_specs=(P("data", "model"), P("data", "model"), P("data")),
+        out_specs=P(),
+    )
+    arguments = x, y, jnp.arange(8.0) % 3
+    got, want = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*arguments) for f in (sharded, loss)
+    )
+    alike(got, want)
+
+
+def test_under_vmap(rng):
+    """A mapped axis of any kind will do; classes that are nobody's have no part in it."""
+    x, y = (jnp.asarray(rng.normal(size=(N, V)), jnp.float32) for _ in range(2))
+    parts = lambda z: z.reshape(N, 4, V // 4)  # noqa: E731
+    each = jax.vmap(partial(kljax.forward_kl, class_axis_name="v"), in_axes=1, axis_name="v")
+    for got in each(parts(x), parts(y)):
+        alike(got, kljax.forward_kl(x, y))
+
+
+def test_extremes_on_other_shards_than_the_mass(rng):
+    """Huge logits, classes of probability zero, a shard of them alone, and equality."""
+    x, y = (np.asarray(rng.normal(size=(N, V)), np.float32) for _ in range(2))
+    x[0, 3], x[1, 0:4], y[1, 0:2], y[2, 8:] = 1e12, -np.inf, -np.inf, -np.inf
+    y[3], x[4] = x[3], 1e4 * x[4]
+
+    def loss(x, y, class_axis_name=None):
+        return kljax.forward_kl(x, y, class_axis_name=class_axis_name)
+
+    want = loss(x, y)
+    got = jax.jit(on_a_mesh(loss, meshes(two=False), 2))(x, y)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    assert np.isinf(got[1])
+    assert got[3] == 0
+
+
+def test_what_is_not_served_says_so():
+    """Never a silent gather, or a softmax of each shard by itself."""
+    x = jnp.zeros((N, V))
+    for call, message in {
+        lambda: kljax.forward_kl(kljax.Head(x, jnp.ones((V, 4))), x[:, :4], class_axis_name="v"): (
+            "forward_kl: predictions must be an array, or labels, where class_axis_name is given; "
+            "got Head."
+        ),
+        lambda: kljax.forward_kl(x, kljax.top_k(x, 2), class_axis_name="v"): (
+            "forward_kl: targets must be an array, or labels, where class_axis_name is given; "
+            "got TopK."
+        ),
+        lambda: kljax.forward_kl(x, x, axis=(0, 1), class_axis_name="v"): (
+            "axis must be a single axis with class_axis_name; got 2 class axes."
+        ),
+        lambda: kljax.forward_kl(
+            x, x, reduction="mean", axis_name="v", class_axis_name=("v", "w")
+        ): "class_axis_name must be other axes than axis_name; got 'v' in both.",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
