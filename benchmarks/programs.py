@@ -34,7 +34,7 @@ DIVERGENCES = {
 }
 
 
-def sides(kind: str) -> tuple[Any, Any]:
+def sides(kind: str) -> Any:
     """Predictions and targets."""
     x, y = (jnp.sin(jnp.arange(N * V) * f).reshape(N, V) for f in (0.7, 1.3))
     hidden, kernel = x[:, :H], jnp.cos(jnp.arange(H * V)).reshape(H, V)
@@ -52,7 +52,11 @@ def sides(kind: str) -> tuple[Any, Any]:
 
 def problems() -> Iterator[tuple[str, Callable[..., Any], Any]]:
     """Losses, by name, with their arguments."""
-    options = {"temperature": 2.0, "weights": jnp.arange(N) % 3, "reduction": "mean"}
+    options: dict[str, Any] = {
+        "temperature": 2.0,
+        "weights": jnp.arange(N) % 3,
+        "reduction": "mean",
+    }
     for kind in ("logits", "heads", "top_k"):
         for name, divergence in DIVERGENCES.items():
             for path in ("whole", "blocks") if kind == "logits" else ("blocks",):
@@ -118,8 +122,9 @@ def measure(function: Callable[..., Any], arguments: Any) -> dict[str, Any]:
     lowered = jax.jit(function).lower(*arguments)
     traced = time.process_time() - start
     compiled = lowered.compile()
-    digest = hashlib.sha256(canonical(compiled.as_text()).encode()).hexdigest()[:12]
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    digest = hashlib.sha256(canonical(str(compiled.as_text())).encode()).hexdigest()[:12]
+    memory: Any = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes
     return {"program": digest, "temporaries": temporaries, "trace": round(traced, 3)}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,6 @@ def read(
     return Inputs(caller, tuple(given), layout, fitted, where, temperature)
 
 
-def _read_side(caller: str, argument: str, value: Given) -> Classed:
+def _read_side(caller: str, argument: str, value: Any) -> Classed:
     side = value if isinstance(value, Classed) else Bare(value)
     return side.read(caller, argument)

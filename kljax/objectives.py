@@ -230,7 +230,7 @@ class _Seen(NamedTuple):
     entropy: Array
 
 
-def _say_labels(labels: Any, inputs: Inputs, label_smoothing: ArrayLike) -> Classed:
+def _say_labels(labels: Any, inputs: Inputs, label_smoothing: ArrayLike) -> Distribution:
     if not isinstance(labels, Distribution):
         return Labels(labels)
     checks.require_no_smoothing(_NAME, label_smoothing)
@@ -258,20 +258,21 @@ _distill_jitted = jax.jit(_distill, static_argnums=0)
 
 
 def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
-    layout, soft, hard = inputs.layout, terms.soft.weights, terms.hard.weights
-    counted = (soft, soft)  # a side is read where any term reads it
+    layout = inputs.layout
+    soft, hard = (jnp.asarray(term.weights) for term in (terms.soft, terms.hard))
+    counted = [soft, soft]  # a side is read where any term reads it
     if len(inputs.sides) > 2:
-        counted = ((soft != 0) | (hard != 0), soft, hard)
+        counted = [jnp.asarray((soft != 0) | (hard != 0)), soft, hard]
     for which, weights in {"weights": soft, "label_weights": hard}.items():
         value_checks.check_weights(_NAME, which, weights)
-    (student, teacher, *labels), classes, temperature = inputs.place(counted)
+    (student, teacher, *labels), classes, temperature = inputs.place(tuple(counted))
     teacher = lax.stop_gradient(teacher)
     loss = Loss(terms.formula, (student, teacher), classes, temperature, terms.params)
     plain = replace(loss, formula=terms.plain, temperature=None)
     if not captures.is_pure(terms.formula.term):
         loss, plain = (captures.hoist(each, layout, path) for each in (loss, plain))
-    soft_factor = terms.soft_factor * terms.soft.factor(layout.batch, soft.dtype)
-    hard_factor = terms.hard_factor * terms.hard.factor(layout.batch, soft.dtype)
+    shares = (jnp.asarray(t.factor(layout.batch, soft.dtype)) for t in (terms.soft, terms.hard))
+    soft_share, hard_share = shares
     return _Examples(
         loss.formula,
         plain.formula,
@@ -282,8 +283,8 @@ def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
         loss.params,
         plain.params,
         terms.smoothing,
-        soft_factor,
-        hard_factor if terms.has_hard else None,
+        terms.soft_factor * soft_share,
+        terms.hard_factor * hard_share if terms.has_hard else None,
     )
 
 
@@ -342,5 +343,5 @@ def _metrics(seen: _Seen, soft: Weighting, hard: Weighting) -> DistillationMetri
         divergence=mean(seen.plain),
         agreement=mean(seen.same),
         teacher_entropy=mean(seen.entropy),
-        weight_sum=soft.over_axes(jnp.sum(soft.weights)),
+        weight_sum=soft.over_axes(jnp.sum(jnp.asarray(soft.weights))),
     )

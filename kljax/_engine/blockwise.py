@@ -92,7 +92,8 @@ def _values_jvp(run: Run, primals: tuple[Leaves], tangents: tuple[list[Any]]) ->
     (leaves,), (dots,) = primals, tangents
     moving = _moving(dots)
     each, seen = _values(run, leaves)
-    each_dot = linear.call(_along_values(run, moving), leaves, [dots[i] for i in moving])
+    like = _unless_named(run, leaves, each)
+    each_dot = linear.call(_along_values(run, moving), leaves, [dots[i] for i in moving], like)
     return (each, seen), (each_dot, tuple(map(jnp.zeros_like, seen)))
 
 
@@ -118,10 +119,12 @@ def _total_jvp(run: Run, primals: tuple[Leaves], tangents: tuple[list[Any]]) -> 
     if any(x.dtype == jnp.float16 for x in steps):
         # Its gradient must know the cotangent, a loss scale, before it is rounded to so few bits.
         value, seen = _total(run, leaves)
-        value_dot = jnp.sum(linear.call(_along_values(run, moving), leaves, steps))
+        like = _unless_named(run, leaves, jax.ShapeDtypeStruct(run.batch, value.dtype))
+        value_dot = jnp.sum(linear.call(_along_values(run, moving), leaves, steps, like))
         return (value, seen), (value_dot, tuple(map(jnp.zeros_like, seen)))
     value, seen, gradient = _total_with_gradient(run, moving, leaves)
-    value_dot = linear.call(_along_total(run, moving), (leaves, gradient), steps)
+    like = _unless_named(run, leaves, value)
+    value_dot = linear.call(_along_total(run, moving), (leaves, gradient), steps, like)
     return (value, seen), (value_dot, tuple(map(jnp.zeros_like, seen)))
 
 
@@ -314,6 +317,11 @@ def _per_example(run: Run, leaves: Any) -> list[Axes]:
     """Where the batch axes are in the values, and in each array there is to look at."""
     _, seen = jax.eval_shape(partial(_evaluate, run), list(leaves))
     return [tuple(range(len(run.batch)))] * (1 + len(seen))
+
+
+def _unless_named(run: Run, leaves: Leaves, like: Any) -> Any:
+    """What the derivative is like, where no named axes need be in scope to trace it."""
+    return None if run.path.names or varying(leaves) else like
 
 
 def _is_row(run: Run, leaves: Any, i: int) -> bool:

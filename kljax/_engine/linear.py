@@ -29,14 +29,35 @@ class Map(NamedTuple):
         return Map(self.transpose, self.apply, self.plain and self.plain.transposed)
 
 
-def call(linear: Map, residuals: Tree, x: Tree) -> Tree:
-    """Apply the map to x; reverse mode will use its transpose."""
+def call(linear: Map, residuals: Tree, x: Tree, like: Tree | None = None) -> Tree:
+    """Apply the map to x; reverse mode will use its transpose.
+
+    Args:
+        linear: The map.
+        residuals: What it depends on.
+        x: What it is applied to.
+        like: Arrays of the shapes of the result. With them the map is not traced unless it is
+            lowered, as in reverse mode it never is; without them it is traced here, where named
+            axes are in scope.
+    """
     leaves, tree = jax.tree.flatten((residuals, x))
-    jaxpr, out = jax.make_jaxpr(lambda *args: linear.apply(*args), return_shape=True)(residuals, x)
+    jaxpr = None
+    if like is None:
+        apply = lambda *args: linear.apply(*args)  # noqa: E731  (traces are cached by function)
+        jaxpr, like = jax.make_jaxpr(apply, return_shape=True)(residuals, x)
+        avals = jaxpr.out_avals
+    else:
+        avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(like)]
     outs = _primitive().bind(
-        *leaves, linear=linear, tree=tree, jaxpr=jaxpr, linear_leaves=len(jax.tree.leaves(x))
+        *leaves,
+        linear=linear,
+        tree=tree,
+        out_tree=jax.tree.structure(like),
+        avals=tuple(avals),
+        jaxpr=jaxpr,
+        linear_leaves=len(jax.tree.leaves(x)),
     )
-    return jax.tree.unflatten(jax.tree.structure(out), outs)
+    return jax.tree.unflatten(jax.tree.structure(like), outs)
 
 
 @cache
@@ -46,7 +67,7 @@ def _primitive() -> Any:
     primitive = Primitive("kljax_linear")
     primitive.multiple_results = True
     primitive.def_impl(_impl)
-    primitive.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+    primitive.def_abstract_eval(lambda *_, avals, **__: list(avals))
     mlir.register_lowering(primitive, mlir.lower_fun(_impl, multiple_results=True))
     ad.primitive_jvps[primitive] = _jvp
     ad.primitive_transposes[primitive] = _transpose
@@ -54,19 +75,24 @@ def _primitive() -> Any:
     return primitive
 
 
-def _impl(*leaves: Array, jaxpr: Any, **_: Any) -> list[Array]:
+def _impl(*leaves: Array, linear: Map, tree: Any, jaxpr: Any, **_: Any) -> list[Array]:
+    if jaxpr is None:
+        return jax.tree.leaves(linear.apply(*jax.tree.unflatten(tree, leaves)))
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *leaves)
 
 
-def _jvp(primals, tangents, *, linear: Map, tree: Any, linear_leaves: int, **_: Any):
+def _jvp(
+    primals, tangents, *, linear: Map, tree: Any, linear_leaves: int, avals: Any, jaxpr: Any, **kept
+):
     split = len(primals) - linear_leaves
     residuals, x = jax.tree.unflatten(tree, primals)
-    out = jax.tree.leaves(call(linear, residuals, x))
+    like = None if jaxpr else jax.tree.unflatten(kept["out_tree"], map(_struct, avals))
+    out = jax.tree.leaves(call(linear, residuals, x, like))
     parts = []
     if not all(type(dot) is ad.Zero for dot in tangents[split:]):
         x_dot = map(ad.instantiate_zeros, tangents[split:])
         x_dot = jax.tree.unflatten(jax.tree.structure(x), list(x_dot))
-        parts.append(jax.tree.leaves(call(linear, residuals, x_dot)))
+        parts.append(jax.tree.leaves(call(linear, residuals, x_dot, like)))
     moving = [i for i, dot in enumerate(tangents[:split]) if type(dot) is not ad.Zero]
     if moving:
 
@@ -82,23 +108,27 @@ def _jvp(primals, tangents, *, linear: Map, tree: Any, linear_leaves: int, **_: 
     return out, [sum(dots) for dots in zip(*parts, strict=True)]
 
 
-def _transpose(cts, *leaves: Any, linear: Map, tree: Any, jaxpr: Any, linear_leaves: int):
+def _transpose(
+    cts, *leaves: Any, linear: Map, tree: Any, out_tree: Any, linear_leaves: int, jaxpr: Any, **_
+):
     split = len(leaves) - linear_leaves
     known = [None if ad.is_undefined_primal(leaf) else leaf for leaf in leaves]
     residual_tree, x_tree = tree.children()
     residuals = jax.tree.unflatten(residual_tree, known[:split])
     y = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
-    y_tree = jax.tree.structure(_shape(linear.apply, tree, leaves))
-    x_cts = jax.tree.leaves(call(linear.transposed, residuals, jax.tree.unflatten(y_tree, y)))
-    assert len(x_cts) == x_tree.num_leaves
     wanted = [ad.is_undefined_primal(leaf) for leaf in leaves[split:]]
-    return [None] * split + [ct if want else None for ct, want in zip(x_cts, wanted, strict=True)]
+    avals = [
+        leaf.aval if want else jax.typeof(leaf)
+        for leaf, want in zip(leaves[split:], wanted, strict=True)
+    ]
+    like = None if jaxpr else jax.tree.unflatten(x_tree, map(_struct, avals))
+    x = call(linear.transposed, residuals, jax.tree.unflatten(out_tree, y), like)
+    cts = zip(jax.tree.leaves(x), wanted, strict=True)
+    return [None] * split + [ct if want else None for ct, want in cts]
 
 
-def _shape(function: Callable[..., Tree], tree: Any, leaves: tuple[Any, ...]) -> Tree:
-    avals = [leaf.aval if ad.is_undefined_primal(leaf) else jax.typeof(leaf) for leaf in leaves]
-    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    return jax.eval_shape(function, *jax.tree.unflatten(tree, structs))
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _batch(leaves, dims, *, linear: Map, tree: Any, linear_leaves: int, **_: Any):

@@ -92,16 +92,22 @@ def values(loss: Loss) -> Array:
 @jax.custom_jvp
 def _values(loss: Loss) -> Array:
     """Sum the term over the classes and scale each example."""
+    total = _total(replace(loss, factor=None))
+    return total if loss.factor is None else weigh(loss.factor, total)
+
+
+@partial(jax.jit, inline=True)  # traced once, as is the view
+def _total(loss: Loss) -> Array:
     seen = loss.view()
     total = loss.classes.sum(loss.classes.present(loss.term(seen, loss.params)))
     for side in seen.sides:
         if side.exists is not None:  # not as NaN log-probabilities: XLA:CPU folds exp(NaN)
             total = nan_unless(side.exists, total)
-    return total if loss.factor is None else weigh(loss.factor, total)
+    return total
 
 
 @partial(_values.defjvp, symbolic_zeros=True)
-def _values_jvp(primals: tuple[Loss], tangents: tuple[Loss]) -> tuple[Array, Array]:
+def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Array]:
     (loss,), (dots,) = primals, tangents
     seen, classes = loss.view(), loss.classes
     values = _values(replace(loss, factor=None))
@@ -146,7 +152,7 @@ def elements(loss: Loss) -> Array:
 
 
 @partial(elements.defjvp, symbolic_zeros=True)
-def _elements_jvp(primals: tuple[Loss], tangents: tuple[Loss]) -> tuple[Array, Array]:
+def _elements_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Array]:
     (loss,), (dots,) = primals, tangents
     seen, classes, values = loss.view(), loss.classes, elements(loss)
     values_dot = jnp.zeros_like(values)
@@ -170,6 +176,7 @@ def _elements_jvp(primals: tuple[Loss], tangents: tuple[Loss]) -> tuple[Array, A
     return values, values_dot
 
 
+@partial(jax.jit, static_argnums=2, inline=True)
 def _slope(loss: Loss, seen: View, i: int) -> Array:
     """The term's derivative to the log-probabilities of side i."""
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from kljax._engine import checks, meshes
@@ -99,7 +100,8 @@ def choose(
     known = all(map(checks.is_known_size, layout.shape))
     checks.require_implementation(caller, implementation, Chunked, explicit=explicit, known=known)
     if isinstance(implementation, Chunked):
-        return Path(*[exactly(batch, implementation.rows)] * 2, layout.names)
+        rows = exactly(batch, implementation.rows)
+        return Path(rows, rows, layout.names)
     makes_classes = any(side.makes_classes for side in sides)
     if implementation == "dense" or explicit or not known or math.prod(layout.shape) == 0:
         return Path(whole(batch), whole(batch))
@@ -114,8 +116,8 @@ def choose(
         elsewhere = _ELSEWHERE_MADE
     arrays = [side.array for side in sides if side.array is not None]
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
-    cuts = (_blocks(batch, classes, itemsize, budget) for budget in (cpu, elsewhere))
-    return Path(*cuts, layout.names)
+    cut = partial(_blocks, batch, classes, itemsize)
+    return Path(cut(cpu), cut(elsewhere), layout.names)
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:

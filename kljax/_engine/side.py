@@ -9,6 +9,7 @@ again.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -189,6 +190,7 @@ def with_infinity(x: Array) -> Array:
     return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
+@partial(jax.jit, inline=True)  # so that it is traced once, not for each derivative anew
 def view(
     sides: tuple[Classed, ...],
     classes: Classes,

@@ -178,14 +178,15 @@ def check_labels(which: str, labels: Array, live: Array | None, layout: Layout) 
 @_on_demand
 def check_top_k(
     which: str,
-    indices: Array,
-    log_probs: Array,
-    log_tail: Array | None,
+    indices: ArrayLike,
+    log_probs: ArrayLike,
+    log_tail: ArrayLike | None,
     tail: str,
     live: Array | None,
     classes: int,
 ) -> None:
     """Report a cache of something else than log-probabilities of classes."""
+    indices, log_probs = jnp.asarray(indices), jnp.asarray(log_probs)
     counted = ~jnp.isneginf(log_probs)
     if live is not None:
         counted &= live[..., None]
@@ -202,7 +203,7 @@ def check_top_k(
     mass = jnp.sum(jnp.where(counted, jnp.exp(log_probs), 0), axis=-1)
     known = jnp.any(counted, axis=-1)
     if log_tail is not None:
-        mass = mass + jnp.exp(log_tail.astype(mass.dtype))
+        mass = mass + jnp.exp(jnp.asarray(log_tail).astype(mass.dtype))
     off = jnp.abs(mass - 1) if log_tail is not None else jnp.maximum(mass - 1, 0)
     off = jnp.max(jnp.where(known, off, 0), initial=0)
     message = f"{which} hold log-probabilities of more or less than 1 together, {{off}} off"

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class _OneArray(Classed):
         return jnp.asarray(*vars(self).values())
 
     def _with(self, array: Array) -> Self:
-        return type(self)(array)
+        return cast(Any, type(self))(array)
 
     def read(self, caller: str, argument: str) -> Self:
         array = checks.to_array(caller, argument, *vars(self).values())

@@ -5,6 +5,7 @@ class that holds all others. Then every divergence is what it is on those few cl
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import jax
@@ -79,14 +80,11 @@ class TopK(Classed):
 
     def read(self, caller: str, argument: str) -> Self:
         checks.require_choice(caller, f"{argument}.tail", self.tail, get_args(Tail))
-        indices, log_probs, log_tail = (
-            None if x is None else checks.to_array(caller, f"{argument}.{name}", x)
-            for name, x in (
-                ("indices", self.indices),
-                ("log_probs", self.log_probs),
-                ("log_tail", self.log_tail),
-            )
-        )
+        array = partial(checks.to_array, caller)
+        indices = array(f"{argument}.indices", self.indices)
+        log_probs = array(f"{argument}.log_probs", self.log_probs)
+        log_tail = self.log_tail
+        log_tail = None if log_tail is None else array(f"{argument}.log_tail", log_tail)
         checks.require_top_k(caller, argument, indices, log_probs, log_tail)
         if indices.dtype.itemsize < 4:  # the number of classes must fit
             indices = indices.astype(jnp.int32)
