@@ -170,6 +170,20 @@ def test_under_vmap(rng):
     for got in each(parts(x), parts(y)):
         alike(got, kljax.forward_kl(x, y))
 
+    def total(x, y):
+        return jnp.sum(each(parts(x), parts(y))[0])
+
+    def derivatives(total):
+        gradient = jax.grad(total)
+        return gradient(x, y), jax.jvp(lambda x: gradient(x, y), (x,), (y,))[1]
+
+    alike(derivatives(total), derivatives(lambda x, y: jnp.sum(kljax.forward_kl(x, y))))
+    blocks = partial(kljax.forward_kl, implementation=kljax.Chunked(rows=2), class_axis_name="v")
+    with pytest.raises(
+        ValueError, match=r"able to serve Chunked\(rows=2\); got classes over other"
+    ):
+        jax.vmap(blocks, in_axes=1, axis_name="v")(parts(x), parts(y))
+
 
 def test_extremes_on_other_shards_than_the_mass(rng):
     """Huge logits, classes of probability zero, a shard of them alone, and equality."""

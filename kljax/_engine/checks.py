@@ -341,18 +341,17 @@ def require_no_class_axis_name(caller: str, argument: str, got: str, layout: Lay
 
 
 def require_implementation(
-    caller: str, implementation: Any, chunked: type, *, explicit: bool, known: bool
+    caller: str, implementation: Any, chunked: type, *, only_whole: str | None, known: bool
 ) -> None:
-    """One that there is, and that serves these arrays."""
+    """One that there is, and that serves these arrays; `only_whole` says why no block does."""
     if implementation is None:
         return
     if not isinstance(implementation, chunked):
         choices = ("dense", "chunked")
         require_choice(caller, "implementation", implementation, choices, optional=True)
-    if explicit and implementation != "dense":
-        got = "a mesh with explicit axes"
+    if only_whole and implementation != "dense":
         remedy = 'Leave implementation=None or "dense", or use shard_map.'
-        fail(caller, "implementation", f"able to serve {implementation}", got, remedy)
+        fail(caller, "implementation", f"able to serve {implementation}", only_whole, remedy)
     if not known and implementation != "dense":
         expected, remedy = 'None or "dense" with symbolic dimensions', "A block's size is a number."
         fail(caller, "implementation", expected, f"{implementation}", remedy)

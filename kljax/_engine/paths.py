@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
+import jax
+
 from kljax._engine import checks, meshes
-from kljax._engine.blocks import Blocks, exactly, fitting, whole
+from kljax._engine.blocks import Blocks, exactly, fitting, varying, whole
 from kljax._engine.classes import Layout
 from kljax._engine.side import Classed
 
@@ -96,14 +98,16 @@ def choose(
         capturing: A term captures values, which may be of the batch's size.
     """
     batch, classes = layout.batch, math.prod(layout.classes)
-    explicit = meshes.explicit(sides)
+    only_whole = _only_whole(layout, sides)
     known = all(map(checks.is_known_size, layout.shape))
-    checks.require_implementation(caller, implementation, Chunked, explicit=explicit, known=known)
+    checks.require_implementation(
+        caller, implementation, Chunked, only_whole=only_whole, known=known
+    )
     if isinstance(implementation, Chunked):
         rows = exactly(batch, implementation.rows)
         return Path(rows, rows, layout.names)
     makes_classes = any(side.makes_classes for side in sides)
-    if implementation == "dense" or explicit or not known or math.prod(layout.shape) == 0:
+    if implementation == "dense" or only_whole or not known or math.prod(layout.shape) == 0:
         return Path(whole(batch), whole(batch))
     if implementation is None and capturing and not makes_classes:
         return Path(whole(batch), whole(batch))
@@ -118,6 +122,15 @@ def choose(
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
     cut = partial(_blocks, batch, classes, itemsize)
     return Path(cut(cpu), cut(elsewhere), layout.names)
+
+
+def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:
+    """Why the batch cannot be cut, if it cannot."""
+    if meshes.explicit(sides):
+        return "a mesh with explicit axes"
+    if not set(layout.names) <= set(varying(jax.tree.leaves(sides))):
+        return "classes over other axes than those of shard_map(check_vma=True)"
+    return None
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:
