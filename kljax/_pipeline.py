@@ -1,5 +1,6 @@
 """The pipeline behind every divergence: read → place → run a path → reduce."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -19,18 +20,6 @@ from kljax._engine.side import block_of, compute_dtype
 from kljax._engine.terms import weigh
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.reduction import AxisName, Reduction, Weighting
-
-OPTIONS = (
-    "axis",
-    "where",
-    "temperature",
-    "weights",
-    "reduction",
-    "normalizer",
-    "axis_name",
-    "class_axis_name",
-    "implementation",
-)
 
 
 def evaluate(
@@ -80,6 +69,14 @@ def _evaluate(
     )
     run = _run_jitted if pure else _run
     return run(formula, path, inputs, weighting, jax.tree.map(jnp.asarray, params))
+
+
+# What every divergence takes besides its distributions, with the defaults.
+OPTIONS = {
+    option.name: option.replace(annotation=inspect.Parameter.empty)
+    for option in inspect.signature(_evaluate).parameters.values()
+    if option.kind is option.KEYWORD_ONLY
+}
 
 
 def _run(

@@ -61,6 +61,9 @@ class Options(TypedDict, total=False):
     implementation: Implementation | None
 
 
+_SIDES = ("predictions", "targets")
+
+
 class Bound(NamedTuple):
     """What a call of a divergence asks for: a formula, and what its term is given besides."""
 
@@ -152,7 +155,7 @@ class _Made:
         name = getattr(term, "__name__", "divergence")
         self._formula = Formula(
             "divergence" if name == "<lambda>" else name,
-            ("predictions", "targets"),
+            _SIDES,
             lambda log_probs, _, params: term(*log_probs, **params),
             normalized
             and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, **params)),
@@ -161,12 +164,14 @@ class _Made:
         given = inspect.signature(term).parameters.values()
         self._parameters = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
         _named_like(term, self)
+        sides = [inspect.Parameter(a, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in _SIDES]
+        own = [p.replace(annotation=p.empty) for p in given if p.kind is p.KEYWORD_ONLY]
+        self.__signature__ = inspect.Signature([*sides, *own, *_pipeline.OPTIONS.values()])
 
     def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array:
         own = {name: options.pop(name) for name in self._parameters if name in options}
-        checks.require_options(
-            self._formula.name, options, (*self._parameters, *Options.__annotations__)
-        )
+        known = (*self._parameters, *_pipeline.OPTIONS)
+        checks.require_options(self._formula.name, options, known)
         formula, params = self.bind(**own)
         return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
@@ -193,9 +198,19 @@ def bound(divergence: Callable[..., Array]) -> Bound | None:
         given = {**divergence.keywords, **given}
         divergence = divergence.func
     bind = getattr(divergence, "bind", None)
-    if bind is None or set(given) & set(Options.__annotations__):
+    if bind is None or set(given) & set(_pipeline.OPTIONS):
         return None
     return bind(**given)
+
+
+def plainly(function: F) -> F:
+    """Let `help` show every option by its name and default; the types are for type checkers."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.replace(annotation=p.empty) for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(named) < len(parameters):
+        named += _pipeline.OPTIONS.values()
+    cast(Any, function).__signature__ = inspect.Signature(named)
+    return function
 
 
 def _binds(bind: Callable[..., Bound]) -> Callable[[F], F]:
@@ -210,7 +225,7 @@ def _binds(bind: Callable[..., Bound]) -> Callable[[F], F]:
             return bind(**{**own, **params})
 
         cast(Any, divergence).bind = with_defaults
-        return divergence
+        return plainly(divergence)
 
     return decorate
 
@@ -237,7 +252,7 @@ def _of_kl(
 
     return Formula(
         name or formula.__name__,
-        ("predictions", "targets"),
+        _SIDES,
         of(term_kl),
         of(term_generalized_kl),
         slope_sums,
@@ -563,6 +578,7 @@ def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     return _pipeline.evaluate(_KL, (p, q), {}, **options)
 
 
+@plainly
 def kl_terms(
     p: Given,
     q: Given,
@@ -664,6 +680,7 @@ def smoothing(caller: str, label_smoothing: ArrayLike) -> dict[str, Array]:
     return {SMOOTHING: _fraction(caller, "label_smoothing", label_smoothing)}
 
 
+@plainly
 def entropy(p: Given, **options: Unpack[Options]) -> Array:
     r"""Shannon entropy H(p).
 
@@ -695,7 +712,7 @@ _KL = Formula(
 _KL_TERMS = _KL._replace(name="kl_terms", normalized=None, slope_sums=())
 _CROSS_ENTROPY = Formula(
     "cross_entropy",
-    ("predictions", "targets"),
+    _SIDES,
     lambda log, *_: term_cross_entropy(log[1], log[0]),
     linear=1,
 )

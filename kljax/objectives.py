@@ -21,7 +21,7 @@ from kljax._engine.terms import nan_unless
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.distributions import Distribution, LogProbs, Probs, TopK
 from kljax.distributions.labels import Labels
-from kljax.divergences import ENTROPY, LABELS, bound, forward_kl, smoothing
+from kljax.divergences import ENTROPY, LABELS, bound, forward_kl, plainly, smoothing
 from kljax.reduction import AxisName, Reduction, Weighting
 
 
@@ -37,6 +37,7 @@ class DistillationMetrics(NamedTuple):
     weight_sum: Array  # the number of examples where there are no weights
 
 
+@plainly
 def distillation_loss(
     predictions: Given,
     targets: Given,

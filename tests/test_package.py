@@ -107,6 +107,22 @@ def test_only_checks_raises():
         assert not raises or name == "kljax._engine.checks", name
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signatures_are_short_and_whole(name):
+    """`help` shows every option by its name, and each is described."""
+    function = FUNCTIONS[name]
+    signature = inspect.signature(function)
+    assert "options" not in signature.parameters
+    described = f"{function.__doc__}{kljax.forward_kl.__doc__}"
+    for option in signature.parameters.values():
+        assert option.kind not in (option.VAR_POSITIONAL, option.VAR_KEYWORD)
+        if option.kind is option.KEYWORD_ONLY:
+            assert re.search(rf"^ *{option.name}: ", described, re.MULTILINE), option
+    if "implementation" in signature.parameters:
+        assert len(str(signature)) < 480
+        assert "class_axis_name=None" in str(signature)
+
+
 def test_leaves_are_imported_by_nobody():
     """But for the state that the NNX metric wraps."""
     for name, tree in modules():

@@ -192,7 +192,10 @@ def check_top_k(
         counted &= live[..., None]
     log_probs = log_probs if log_probs.dtype == jnp.float64 else log_probs.astype(jnp.float32)
     inside = (indices >= 0) & (indices < classes)
-    checkify.check(jnp.all(inside | ~counted), f"{which}: indices must be in [0, {classes})")
+    checkify.check(
+        jnp.all(inside | ~counted),
+        f"{which}: indices must be in [0, {classes}), the classes that the predictions have",
+    )
     checkify.check(~jnp.any(jnp.isnan(log_probs) & counted), f"{which} hold NaN")
     ordered = jnp.sort(jnp.where(counted, indices, -1), axis=-1)
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
