@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import kljax
+from kljax._pipeline import OPTIONS
+from kljax.divergences import Options
 
 ROOT = Path(kljax.__file__).parent
 PUBLIC = sorted(name for name in vars(kljax) if not name.startswith("_"))
@@ -121,6 +123,10 @@ def test_signatures_are_short_and_whole(name):
     if "implementation" in signature.parameters:
         assert len(str(signature)) < 480
         assert "class_axis_name=None" in str(signature)
+
+
+def test_options_are_declared_for_type_checkers_as_they_are_taken():
+    assert list(Options.__annotations__) == list(OPTIONS)
 
 
 def test_leaves_are_imported_by_nobody():
