@@ -68,7 +68,12 @@ def _evaluate(
         formula.name, implementation, inputs.layout, inputs.sides, capturing=not pure
     )
     run = _run_jitted if pure else _run
-    return run(formula, path, inputs, weighting, jax.tree.map(jnp.asarray, params))
+    return run(formula, path, inputs, weighting, as_arrays(params))
+
+
+def as_arrays(params: dict[str, Any]) -> dict[str, Any]:
+    """Arrays as they are: under a transform even `asarray` is an operation."""
+    return jax.tree.map(lambda x: x if isinstance(x, Array) else jnp.asarray(x), params)
 
 
 # What every divergence takes besides its distributions, with the defaults.

@@ -43,7 +43,7 @@ from kljax.distributions import Distribution
 from kljax.distributions.labels import Labels
 from kljax.reduction import AxisName, Reduction
 
-F = TypeVar("F", bound=Callable[..., Array])
+F = TypeVar("F", bound=Callable[..., Any])
 KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
 
 

@@ -16,7 +16,7 @@ from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine.classes import Classes
 from kljax._engine.loss import Formula, Loss
 from kljax._engine.paths import Implementation, Path
-from kljax._engine.side import Classed, compute_dtype, in_axes
+from kljax._engine.side import Classed, compute_dtype, held, in_axes
 from kljax._engine.terms import nan_unless
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.distributions import Distribution, LogProbs, Probs, TopK
@@ -156,7 +156,7 @@ def distillation_loss(
         plain,
         not checks.is_static(soft_weight, 0),
         not checks.is_static(hard_weight, 0) and labels is not None,
-        jax.tree.map(jnp.asarray, asked.params),
+        _pipeline.as_arrays(asked.params),
         smoothing(_NAME, label_smoothing),
         soft,
         hard,
@@ -260,10 +260,10 @@ _distill_jitted = jax.jit(_distill, static_argnums=0)
 
 def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
     layout = inputs.layout
-    soft, hard = (jnp.asarray(term.weights) for term in (terms.soft, terms.hard))
+    soft, hard = (held(term.weights) for term in (terms.soft, terms.hard))
     counted = [soft, soft]  # a side is read where any term reads it
     if len(inputs.sides) > 2:
-        counted = [jnp.asarray((soft != 0) | (hard != 0)), soft, hard]
+        counted = [held((soft != 0) | (hard != 0)), soft, hard]
     for which, weights in {"weights": soft, "label_weights": hard}.items():
         value_checks.check_weights(_NAME, which, weights)
     (student, teacher, *labels), classes, temperature = inputs.place(tuple(counted))
@@ -272,7 +272,7 @@ def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
     plain = replace(loss, formula=terms.plain, temperature=None)
     if not captures.is_pure(terms.formula.term):
         loss, plain = (captures.hoist(each, layout, path) for each in (loss, plain))
-    shares = (jnp.asarray(t.factor(layout.batch, soft.dtype)) for t in (terms.soft, terms.hard))
+    shares = (held(t.factor(layout.batch, soft.dtype)) for t in (terms.soft, terms.hard))
     soft_share, hard_share = shares
     return _Examples(
         loss.formula,
@@ -344,5 +344,5 @@ def _metrics(seen: _Seen, soft: Weighting, hard: Weighting) -> DistillationMetri
         divergence=mean(seen.plain),
         agreement=mean(seen.same),
         teacher_entropy=mean(seen.entropy),
-        weight_sum=soft.over_axes(jnp.sum(jnp.asarray(soft.weights))),
+        weight_sum=soft.over_axes(jnp.sum(held(soft.weights))),
     )

@@ -14,7 +14,7 @@ from kljax import _reading
 from kljax._engine import blockwise, checks, meshes, paths
 from kljax._engine.blockwise import Rows
 from kljax._engine.paths import Path
-from kljax._engine.side import block_of, in_axes, with_infinity
+from kljax._engine.side import block_of, held, in_axes, with_infinity
 from kljax._reading import Inputs
 from kljax.distributions import Distribution, Head, Logits, TopK
 from kljax.distributions.top_k import log_sum_exp, marked
@@ -163,7 +163,7 @@ def _few(
 
     def of_block(given: tuple[Any, ...]) -> Rows:
         ((side,), classes, temperature), more = given
-        x = jnp.asarray(side.array)
+        x = held(side.array)
         if classes.where is not None:
             x = jnp.where(classes.where, with_infinity(x), -jnp.inf)
         seen = side.view(classes, temperature, block_of((side,)))

@@ -28,7 +28,9 @@ def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> No
 
 
 def to_array(caller: str, argument: str, value: Any) -> Array:
-    """Anything numeric, lists included, as a JAX array."""
+    """Anything numeric, lists included, as a JAX array; arrays as they are."""
+    if isinstance(value, Array):  # under a transform even `asarray` is an operation
+        return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
         narrow = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
         if value.max() > narrow.max or value.min() < narrow.min:

@@ -179,6 +179,11 @@ class View(NamedTuple):
 ABSENT = math.log(0.5)
 
 
+def held(field: Any) -> Array:
+    """A field of a distribution that was read: a JAX array, which a type checker cannot know."""
+    return field
+
+
 def compute_dtype(tree: Any) -> jnp.dtype:
     """float64 stays float64; all else is computed in float32."""
     wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))

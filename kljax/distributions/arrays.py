@@ -22,7 +22,8 @@ class _OneArray(Classed):
 
     @property
     def array(self) -> Array:
-        return jnp.asarray(*vars(self).values())
+        (array,) = vars(self).values()
+        return array
 
     def _with(self, array: Array) -> Self:
         return cast(Any, type(self))(array)

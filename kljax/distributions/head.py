@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
-from kljax._engine.side import Classed, Pullback, Side, compute_dtype
+from kljax._engine.side import Classed, Pullback, Side, compute_dtype, held
 from kljax._engine.states import RowState
 from kljax.distributions._pytree import pytree
 from kljax.distributions.arrays import Logits
@@ -83,7 +83,7 @@ class Head(Classed):
     def place(
         self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
     ) -> Self:
-        hidden, kernel, bias = jnp.asarray(self.hidden), self.kernel, self.bias
+        hidden, kernel, bias = held(self.hidden), self.kernel, self.bias
         if where is not None:  # nothing is read at classes that exist for no example
             exists = jnp.any(where, axis=tuple(range(where.ndim - 1)))
             bias = None if bias is None else jnp.where(exists, bias, 0)
@@ -100,9 +100,9 @@ class Head(Classed):
         dtype = compute_dtype((self.hidden, self.kernel))
         raw = _dot(self, self.hidden, self.kernel, "...h,hv->...v")
         if self.bias is not None:
-            bias = jnp.asarray(self.bias).astype(dtype)
+            bias = held(self.bias).astype(dtype)
             raw = raw + bias.reshape((1,) * (raw.ndim - 1) + (-1,))
-        logits = raw if self.scale is None else _scaled(raw, jnp.asarray(self.scale).astype(dtype))
+        logits = raw if self.scale is None else _scaled(raw, held(self.scale).astype(dtype))
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         return Logits(logits), partial(_pull, self, raw, logits)
@@ -132,7 +132,7 @@ def _pull(head: Head, raw: Array, logits: Array, leaves: Sequence[int], ct: Arra
         ct = ct * (1 - (logits / head.softcap) ** 2)
     to_scaled = ct
     if head.scale is not None:
-        ct = ct * jnp.asarray(head.scale).astype(ct.dtype)
+        ct = ct * held(head.scale).astype(ct.dtype)
     makers = {  # in the order of the leaves
         "hidden": lambda: _dot(head, ct, head.kernel, "...v,hv->...h"),
         "kernel": lambda: _dot(head, _features_first(head.hidden), ct, "h...,...v->hv"),
@@ -148,12 +148,12 @@ def _dot(head: Head, a: ArrayLike, b: ArrayLike, subscripts: str) -> Array:
     wide = compute_dtype((head.hidden, head.kernel))
     if head.transposed:
         subscripts = subscripts.replace("hv", "vh")
-    narrow = all(jnp.asarray(x).dtype == jnp.bfloat16 for x in (head.hidden, head.kernel))
-    factors = (jnp.asarray(x).astype(jnp.bfloat16 if narrow else wide) for x in (a, b))
+    narrow = all(held(x).dtype == jnp.bfloat16 for x in (head.hidden, head.kernel))
+    factors = (held(x).astype(jnp.bfloat16 if narrow else wide) for x in (a, b))
     return jnp.einsum(subscripts, *factors, preferred_element_type=wide)
 
 
 def _features_first(hidden: ArrayLike) -> Array:
     """Transposed, and on CPU stored so: a product that must transpose a factor is slower there."""
-    hidden = jnp.moveaxis(jnp.asarray(hidden), -1, 0)
+    hidden = jnp.moveaxis(held(hidden), -1, 0)
     return lax.platform_dependent(hidden, cpu=lax.optimization_barrier, default=lambda x: x)

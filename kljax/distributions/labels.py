@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout
-from kljax._engine.side import Classed, Side
+from kljax._engine.side import Classed, Side, held
 from kljax._engine.states import RowState
 from kljax.distributions._pytree import pytree
 
@@ -29,7 +29,7 @@ class Labels(Classed):
         return type(self)(checks.to_array(caller, argument, self.labels))
 
     def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
-        checks.require_labels(caller, jnp.asarray(self.labels), layout)
+        checks.require_labels(caller, held(self.labels), layout)
         return self
 
     def normalizes(self, temperature: Array | None) -> bool:
@@ -38,7 +38,7 @@ class Labels(Classed):
     def place(
         self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
     ) -> Self:
-        whole = jnp.expand_dims(jnp.asarray(self.labels), layout.axis)
+        whole = jnp.expand_dims(held(self.labels), layout.axis)
         if spread is not None:  # there are no classes to spread over
             whole = meshes.spread(whole, meshes.without(spread, layout.axis))
         return type(self)(whole)
@@ -54,7 +54,7 @@ class Labels(Classed):
         live: Array | None,
         temperature: Array | None,
     ) -> None:
-        labels = jnp.squeeze(jnp.asarray(self.labels), layout.axis)
+        labels = jnp.squeeze(held(self.labels), layout.axis)
         value_checks.check_labels(which, labels, live, layout)
 
     def view(
@@ -64,7 +64,7 @@ class Labels(Classed):
         like: jax.ShapeDtypeStruct,
         state: RowState | None = None,
     ) -> Side:
-        labels = jnp.asarray(self.labels)
+        labels = held(self.labels)
         if labels.dtype.itemsize < 4:
             labels = labels.astype(jnp.int32)  # the classes must not wrap around
         numbers = classes.numbers(like, labels.dtype)
@@ -80,4 +80,4 @@ class Labels(Classed):
         return Side(log_probs, log_probs, exists=exists)
 
     def best(self, classes: Classes) -> Array:
-        return jnp.squeeze(jnp.asarray(self.labels), classes.axis)
+        return jnp.squeeze(held(self.labels), classes.axis)

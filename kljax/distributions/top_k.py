@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
-from kljax._engine.side import Classed, Side, block_of, compute_dtype, with_infinity
+from kljax._engine.side import Classed, Side, block_of, compute_dtype, held, with_infinity
 from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless
 from kljax.distributions._pytree import pytree
@@ -116,7 +116,7 @@ class TopK(Classed):
         rank = len(layout.batch)
 
         def few(x: ArrayLike) -> Array:
-            x = jnp.asarray(x)
+            x = held(x)
             x = x.reshape((1,) * (rank + 1 - x.ndim) + x.shape)
             if spread is None:
                 return x
@@ -125,7 +125,7 @@ class TopK(Classed):
 
         tail = self.log_tail
         if tail is not None:
-            tail = few(jnp.asarray(tail)[..., None])[..., 0]
+            tail = few(held(tail)[..., None])[..., 0]
         return replace(
             self, indices=few(self.indices), log_probs=few(self.log_probs), log_tail=tail
         )
@@ -148,7 +148,7 @@ class TopK(Classed):
     def few(
         self, others: tuple[Classed, ...], classes: Classes, temperature: Array | None, live: Any
     ) -> tuple[tuple[Classed, ...], Classes]:
-        log_probs = jnp.asarray(self.log_probs)
+        log_probs = held(self.log_probs)
         where, dtype = classes.where, compute_dtype((others, self))
         wholes = [] if where is None else [where]
         if others:
@@ -156,7 +156,7 @@ class TopK(Classed):
             seen = whole[0].view(classes, temperature, block_of(whole))
             wholes.insert(0, seen.log_probs)
         best = _unless_dead(log_probs, live).astype(dtype)
-        few = jnp.asarray(self.indices), best, _allowed(jnp.asarray(self.indices), where)
+        few = held(self.indices), best, _allowed(held(self.indices), where)
         batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (*few, *wholes)))
         indices, best, exists = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in few)
         given_mass = ~jnp.isneginf(best)
@@ -182,7 +182,7 @@ class TopK(Classed):
         return only.view(classes, None, like)
 
     def best(self, classes: Classes) -> Array:
-        indices, log_probs = jnp.asarray(self.indices), jnp.asarray(self.log_probs)
+        indices, log_probs = held(self.indices), held(self.log_probs)
         allowed = _allowed(indices, classes.where)
         log_probs = jnp.where(allowed, with_infinity(log_probs), -jnp.inf)
         first = jnp.argmax(log_probs, axis=-1, keepdims=True)
@@ -248,7 +248,7 @@ def marked(indices: Array, classes: int) -> Array:
 def _rest(log_tail: ArrayLike | None, best: Array, all_taken: Array, live: Array | None) -> Array:
     """The teacher's mass outside the k classes; as given, or what is lacking from 1."""
     if log_tail is not None:
-        given = _unless_dead(jnp.asarray(log_tail)[..., None], live)[..., 0].astype(best.dtype)
+        given = _unless_dead(held(log_tail)[..., None], live)[..., 0].astype(best.dtype)
         return jnp.where(all_taken, -jnp.inf, jnp.broadcast_to(given, best.shape[:-1]))
     mass = log_sum_exp(best)
     lacking = (mass < 0) & ~all_taken
