@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> NoReturn:
-    raise ValueError(_message(caller, argument, expected, got, remedy))
+    raise ValueError(message_of(caller, argument, expected, got, remedy))
 
 
 def to_array(caller: str, argument: str, value: Any) -> Array:
@@ -43,7 +43,7 @@ def to_array(caller: str, argument: str, value: Any) -> Array:
         expected, remedy = "within the default integers", "Enable jax_enable_x64 if they are meant."
         fail(caller, argument, expected, "larger ones", remedy)
     except (TypeError, ValueError) as error:
-        message = _message(
+        message = message_of(
             caller, argument, "an array", type(value).__name__, "Pass a JAX or NumPy array."
         )
         raise TypeError(message) from error
@@ -86,14 +86,14 @@ def require_float(caller: str, argument: str, x: Array) -> None:
     if argument == "predictions" and not jnp.issubdtype(x.dtype, jnp.floating):
         remedy = "Predictions come first, labels or targets second."
     expected = "floating point"
-    _require_type(x, float, _message(caller, argument, expected, str(x.dtype), remedy))
+    require_type(x, float, message_of(caller, argument, expected, str(x.dtype), remedy))
 
 
 def require_scalar(caller: str, argument: str, x: Array) -> None:
     """A scalar option: an array would broadcast silently."""
     if x.shape != ():
         fail(caller, argument, "a scalar", f"shape {x.shape}", "It is one number for all examples.")
-    message = _message(caller, argument, "a real number", str(x.dtype), "Pass a float.")
+    message = message_of(caller, argument, "a real number", str(x.dtype), "Pass a float.")
     _require_real(x, message)
 
 
@@ -123,13 +123,15 @@ def require_weights(
         elif squeezed:
             remedy = f"Reshape to {batch}."
         fail(caller, argument, f"shape {batch}, the batch shape", f"{weights.shape}", remedy)
-    message = _message(caller, argument, "bool, int or float", str(weights.dtype), "Convert them.")
+    message = message_of(
+        caller, argument, "bool, int or float", str(weights.dtype), "Convert them."
+    )
     _require_real(weights, message)
 
 
 def require_where(caller: str, where: Array, layout: Layout) -> None:
     remedy = "Write `where > 0`; weights of examples go into `weights`."
-    _require_type(where, bool, _message(caller, "where", "bool", str(where.dtype), remedy))
+    require_type(where, bool, message_of(caller, "where", "bool", str(where.dtype), remedy))
     if where.shape not in (layout.classes, layout.shape):
         expected = f"shape {layout.classes}, the classes, or {layout.shape}, the whole input's"
         remedy = "It masks classes; a mask of examples goes into `weights`."
@@ -144,14 +146,14 @@ def require_said(caller: str, argument: str, x: Array) -> None:
         return
     if x.dtype == bool:
         remedy = "Convert labels with .astype(int); wrap one-hot labels in Probs, as floats."
-    raise TypeError(_message(caller, argument, expected, f"bare {x.dtype}", remedy))
+    raise TypeError(message_of(caller, argument, expected, f"bare {x.dtype}", remedy))
 
 
 def require_labels(caller: str, labels: Array, layout: Layout) -> None:
-    message = _message(
+    message = message_of(
         caller, "labels", "integers", str(labels.dtype), "Wrap soft labels in Probs or LogProbs."
     )
-    _require_type(labels, int, message)
+    require_type(labels, int, message)
     if len(layout.axis) != 1:
         got = f"{len(layout.axis)} class axes"
         fail(caller, "axis", "a single axis with integer labels", got, "Flatten the classes.")
@@ -176,7 +178,7 @@ def require_no_smoothing(caller: str, label_smoothing: Any) -> None:
 def require_parameters(caller: str, missing: list[str]) -> None:
     if missing:
         remedy = f"Pass {missing[0]}=…, or give it a default in the term."
-        message = _message(caller, missing[0], "given", "nothing", remedy)
+        message = message_of(caller, missing[0], "given", "nothing", remedy)
         raise TypeError(message)
 
 
@@ -185,7 +187,7 @@ def require_divergence(caller: str, argument: str, value: Any, found: T | None) 
     if found is None:
         expected = "a divergence of kljax, or a partial of one that binds its own parameters"
         remedy = "Make your own with kljax.divergence; options go to the call."
-        raise TypeError(_message(caller, argument, expected, repr(value), remedy))
+        raise TypeError(message_of(caller, argument, expected, repr(value), remedy))
     return found
 
 
@@ -204,7 +206,7 @@ def require_temperature(caller: str, temperature: Any, batch: Shape) -> Array:
     if temperature.shape not in ((), batch):
         got, remedy = f"shape {temperature.shape}", "It is one number, or one per example."
         fail(caller, "temperature", f"a scalar, or of the batch shape {batch}", got, remedy)
-    expected = _message(
+    expected = message_of(
         caller, "temperature", "a real number", f"{temperature.dtype}", "Pass a float."
     )
     _require_real(temperature, expected)
@@ -217,7 +219,7 @@ def require_layout(
     """Batch and classes of the whole input; nothing but a missing batch broadcasts."""
     whole = max(shapes, key=lambda argument: len(shapes[argument]))
     names = require_axis_names(caller, "class_axis_name", class_axis_name)
-    layout = Layout(shapes[whole], _require_axis(caller, shapes[whole], axis), names)
+    layout = Layout(shapes[whole], require_axes(caller, shapes[whole], axis), names)
     if names and len(layout.axis) != 1:
         got = f"{len(layout.axis)} class axes"
         fail(caller, "axis", "a single axis with class_axis_name", got, "Flatten the classes.")
@@ -232,10 +234,10 @@ def require_contributions(caller: str, contributions: Any, shape: Shape) -> None
         got = f"{getattr(contributions, 'shape', type(contributions).__name__)}"
         remedy = "A term is elementwise: the library sums over the classes."
         fail(caller, "term", f"a function that returns shape {shape}", got, remedy)
-    message = _message(
+    message = message_of(
         caller, "term", "a function that returns floats", str(contributions.dtype), "Convert them."
     )
-    _require_type(contributions, float, message)
+    require_type(contributions, float, message)
 
 
 def require_head(
@@ -275,10 +277,10 @@ def require_top_k(
     caller: str, argument: str, indices: Array, log_probs: Array, log_tail: Array | None
 ) -> None:
     """The parts of a top-k fit each other."""
-    message = _message(
+    message = message_of(
         caller, f"{argument}.indices", "integers", str(indices.dtype), "They name classes."
     )
-    _require_type(indices, int, message)
+    require_type(indices, int, message)
     require_float(caller, f"{argument}.log_probs", log_probs)
     if indices.shape != log_probs.shape or not indices.shape:
         expected = f"shape {indices.shape}, like indices, with k last"
@@ -403,7 +405,7 @@ def require_options(caller: str, given: Iterable[str], known: Collection[str]) -
             raise TypeError(message + "It has " + ", ".join(known) + ".")
 
 
-def _require_axis(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
+def require_axes(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
     ndim = len(shape)
     try:
         given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
@@ -432,7 +434,7 @@ def _fail_shape(caller: str, argument: str, shape: Shape, other: str, layout: La
     fail(caller, argument, expected, f"{shape}", remedy)
 
 
-def _require_type(x: Array, kind: type, message: str) -> None:
+def require_type(x: Array, kind: type, message: str) -> None:
     """By chex, in our words alone: it puts its own before them."""
     try:
         chex.assert_type(x, kind)
@@ -442,14 +444,14 @@ def _require_type(x: Array, kind: type, message: str) -> None:
 
 def _require_real(x: Array, message: str) -> None:
     if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer)):
-        _require_type(x, float, message)
+        require_type(x, float, message)
 
 
 def _and(sizes: Shape) -> str:
     return " and ".join(map(str, sizes))
 
 
-def _message(caller: str, argument: str, expected: str, got: str, remedy: str) -> str:
+def message_of(caller: str, argument: str, expected: str, got: str, remedy: str) -> str:
     verb = "have" if expected.startswith("shape ") or expected[0].isdigit() else "be"
     return f"{caller}: {argument} must {verb} {expected}; got {got}. {remedy}"
 
@@ -486,103 +488,9 @@ def require_no_report(message: str | None) -> None:
         raise ValueError(message.removesuffix(" (`check` failed)"))
 
 
-# ---- what other systems ask of their arguments ----
-
-
-def require_array(caller: str, argument: str, value: Any, *, scalars: bool = False) -> None:
-    """An array, as jax.numpy's own functions ask for: no list, and a number only if allowed."""
-    kinds = (Array, np.ndarray, np.generic) + ((bool, numbers.Number) if scalars else ())
-    if not isinstance(value, kinds):
-        got = type(value).__name__
-        message = _message(caller, argument, "an array of JAX or NumPy", got, "Use jnp.asarray.")
-        raise TypeError(message)
-
-
-def require_wide_float(caller: str, argument: str, x: Array) -> None:
-    """Floating point of at least 16 bits."""
-    remedy = "Convert with .astype(jnp.float32)."
-    expected = "floating point of at least 16 bits"
-    if not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1):
-        raise TypeError(_message(caller, argument, expected, str(x.dtype), remedy))
-
-
-def require_integer(caller: str, argument: str, x: Array) -> None:
-    message = _message(caller, argument, "integers", str(x.dtype), "Convert with .astype(int).")
-    _require_type(x, int, message)
-
-
-def require_bool(caller: str, argument: str, value: Any) -> None:
-    if not isinstance(value, bool | np.bool_):
-        got = f"{value!r} of type {type(value).__name__}"
-        raise TypeError(_message(caller, argument, "bool", got, "Pass True or False."))
-
-
-def require_broadcastable(
-    caller: str, shapes: dict[str, Shape], error: type[Exception] = ValueError
-) -> None:
-    """For the systems that broadcast; each has its own kind of error."""
-    try:
-        jnp.broadcast_shapes(*shapes.values())
-    except ValueError:
-        *others, last = shapes
-        against = " and ".join(f"{shapes[other]}" for other in others)
-        expected, got = f"of a shape that broadcasts with {against}", f"{shapes[last]}"
-        raise error(_message(caller, last, expected, got, "Reshape one of them.")) from None
-
-
-def require_axis(caller: str, shape: Shape, axis: int | Iterable[int] | None) -> tuple[int, ...]:
-    """Axes to sum over; None is all of them."""
-    return tuple(range(len(shape))) if axis is None else _require_axis(caller, shape, axis)
-
-
-def require_mask(caller: str, where: Array, shape: Shape) -> None:
-    """A mask that may broadcast to the shape, unlike `require_where`'s."""
-    if where.dtype != bool:
-        fail(caller, "where", "bool", str(where.dtype), "Write `where > 0`.")
-    try:
-        fits = jnp.broadcast_shapes(where.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        expected = f"of a shape that broadcasts to {shape}"
-        fail(caller, "where", expected, f"{where.shape}", "Give it the axes of the whole input.")
-
-
-def require_real(caller: str, argument: str, x: Array) -> None:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        fail(caller, argument, "real", str(x.dtype), "Take its real part or its absolute value.")
-
-
-def require_same_matrices(caller: str, shapes: dict[str, Shape]) -> None:
-    """Two axes, rows and classes, the same on every side."""
-    first, *_ = shapes.values()
-    for argument, shape in shapes.items():
-        if shape != first:
-            fail(caller, argument, f"shape {first}, like the other", f"{shape}", "None broadcasts.")
-        if len(shape) != 2:
-            remedy = "Flatten the batch axes into one."
-            fail(caller, argument, "shape (rows, classes)", f"{shape}", remedy)
-
-
-def require_samples(caller: str, samples: list[Array]) -> None:
-    if not samples:
-        remedy = "Call update first; only sums and means of nothing exist."
-        fail(caller, "reduction", '"mean" or "sum" before any update', '"none"', remedy)
-
-
-def require_same_metric(caller: str, value: Any, kind: type, option: str, own: Any) -> None:
-    """Another metric whose state means the same."""
-    if not isinstance(value, kind):
-        got = f"a {type(value).__name__}"
-        fail(caller, "incoming_state", f"a {kind.__name__}", got, "Merge metrics of one class.")
-    if getattr(value, option) != own:
-        expected, got = f"one with {option}={own!r}", f"{option}={getattr(value, option)!r}"
-        fail(caller, "incoming_state", expected, got, "Make both with the same options.")
-
-
 def require_values(caller: str, values: Any) -> Any:
     if values is None:
         expected = "given, or predictions and targets"
-        message = _message(caller, "values", expected, "none of them", "Pass one or the other.")
+        message = message_of(caller, "values", expected, "none of them", "Pass one or the other.")
         raise TypeError(message)
     return values

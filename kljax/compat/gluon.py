@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
+from kljax.compat import _checks
 from kljax.compat import _elements as elements
 
 Aggregate = Literal["mean", "sum"]
@@ -81,12 +82,12 @@ class KLDivLoss:
         if self.weight is not None:
             checks.require_number(_NAME, "weight", self.weight)
         shapes = {argument: side.shape for argument, side in sides.items()}
-        checks.require_broadcastable(_NAME, shapes)
+        _checks.require_broadcastable(_NAME, shapes)
         shape = jnp.broadcast_shapes(*shapes.values())
-        (batch_axis,) = checks.require_axis(_NAME, shape, self.batch_axis)
+        (batch_axis,) = _checks.require_axis(_NAME, shape, self.batch_axis)
         axis = None if self.from_logits else self.axis
         if axis is not None:
-            checks.require_axis(_NAME, shapes["pred"], axis)
+            _checks.require_axis(_NAME, shapes["pred"], axis)
         return _loss(sides, self.weight, axis, batch_axis, self.aggregate)
 
     def __repr__(self) -> str:
@@ -97,9 +98,9 @@ _NAME = "KLDivLoss"
 
 
 def _floats(argument: str, side: ArrayLike) -> Array:
-    checks.require_array(_NAME, argument, side)
+    _checks.require_array(_NAME, argument, side)
     side = jnp.asarray(side)
-    checks.require_wide_float(_NAME, argument, side)
+    _checks.require_wide_float(_NAME, argument, side)
     return side
 
 

@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
+from kljax.compat import _checks
 from kljax.compat import _elements as elements
 
 _EPSILON = 1e-7  # keras.config.epsilon()
@@ -45,9 +46,9 @@ def kl_divergence(y_true: ArrayLike, y_pred: ArrayLike) -> Array:
     name = "kl_divergence"
     y_pred = checks.to_array(name, "y_pred", y_pred)
     y_true = checks.to_array(name, "y_true", y_true).astype(y_pred.dtype)
-    checks.require_real(name, "y_pred", y_pred)
-    checks.require_broadcastable(name, {"y_true": y_true.shape, "y_pred": y_pred.shape}, TypeError)
-    checks.require_axis(name, jnp.broadcast_shapes(y_true.shape, y_pred.shape), -1)
+    _checks.require_real(name, "y_pred", y_pred)
+    _checks.require_broadcastable(name, {"y_true": y_true.shape, "y_pred": y_pred.shape}, TypeError)
+    _checks.require_axis(name, jnp.broadcast_shapes(y_true.shape, y_pred.shape), -1)
     return _kl_divergence(y_true, y_pred)
 
 

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 import kljax
 from kljax._engine import checks
 from kljax._engine.terms import term_generalized_kl, term_kl
+from kljax.compat import _checks
 from kljax.compat import _elements as elements
 
 Axis = int | Iterable[int] | None
@@ -149,17 +150,17 @@ def softmax_cross_entropy(
     """
     name = "softmax_cross_entropy"
     logits = _floats(name, "logits", logits)
-    checks.require_array(name, "labels", labels, scalars=True)
+    _checks.require_array(name, "labels", labels, scalars=True)
     dtype = elements.promoted(logits, labels)
     labels = jnp.asarray(labels)
     labels = labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(dtype)
     shape = _shape(name, {"logits": logits, "labels": labels})
-    own, axes = (checks.require_axis(name, x, axis) for x in (logits.shape, shape))
+    own, axes = (_checks.require_axis(name, x, axis) for x in (logits.shape, shape))
     if where is not None:
-        checks.require_array(name, "where", where)
+        _checks.require_array(name, "where", where)
         where = jnp.asarray(where)
         where = where if where.ndim == logits.ndim else jnp.expand_dims(where, own)
-        checks.require_mask(name, where, logits.shape)
+        _checks.require_mask(name, where, logits.shape)
     return _softmax_cross_entropy(logits, labels, where, own, axes, dtype)
 
 
@@ -243,17 +244,17 @@ def softmax_cross_entropy_with_integer_labels(
     """
     name = "softmax_cross_entropy_with_integer_labels"
     logits = _floats(name, "logits", logits)
-    checks.require_array(name, "labels", labels, scalars=True)
+    _checks.require_array(name, "labels", labels, scalars=True)
     labels = checks.to_array(name, "labels", labels)
-    checks.require_integer(name, "labels", labels)
-    (axis,) = checks.require_axis(name, logits.shape, axis)
+    _checks.require_integer(name, "labels", labels)
+    (axis,) = _checks.require_axis(name, logits.shape, axis)
     classes = logits.shape[axis]
     if where is not None:
         where = jnp.asarray(where)
-        checks.require_mask(name, where, logits.shape)
+        _checks.require_mask(name, where, logits.shape)
         where = jnp.moveaxis(jnp.broadcast_to(where, logits.shape), axis, -1)
     x = jnp.moveaxis(logits, axis, -1)
-    checks.require_broadcastable(name, {"logits": x.shape[:-1], "labels": labels.shape}, TypeError)
+    _checks.require_broadcastable(name, {"logits": x.shape[:-1], "labels": labels.shape}, TypeError)
     batch = jnp.broadcast_shapes(x.shape[:-1], labels.shape)
     x = jnp.broadcast_to(x, (*batch, classes))
     if where is not None:
@@ -311,11 +312,11 @@ def _sum(
     """Sum a term of two arguments of floats."""
     arrays = {argument: _floats(name, argument, side) for argument, side in sides.items()}
     shape = _shape(name, arrays)
-    axes = checks.require_axis(name, shape, axis)
+    axes = _checks.require_axis(name, shape, axis)
     if where is not None:
-        checks.require_array(name, "where", where, scalars=True)
+        _checks.require_array(name, "where", where, scalars=True)
         where = jnp.asarray(where)
-        checks.require_mask(name, where, shape)
+        _checks.require_mask(name, where, shape)
     return _sum_of_floats(*arrays.values(), where, term, axes, elements.promoted(*sides.values()))
 
 
@@ -339,7 +340,7 @@ def _sum_of_floats(
 
 
 def _floats(name: str, argument: str, value: ArrayLike) -> Array:
-    checks.require_array(name, argument, value, scalars=True)
+    _checks.require_array(name, argument, value, scalars=True)
     value = jnp.asarray(value)
     checks.require_float(name, argument, value)
     return value
@@ -347,5 +348,5 @@ def _floats(name: str, argument: str, value: ArrayLike) -> Array:
 
 def _shape(name: str, arrays: dict[str, Array]) -> tuple[int, ...]:
     shapes = {argument: array.shape for argument, array in arrays.items()}
-    checks.require_broadcastable(name, shapes, TypeError)
+    _checks.require_broadcastable(name, shapes, TypeError)
     return jnp.broadcast_shapes(*shapes.values())

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks
 from kljax._engine.terms import term_kl
+from kljax.compat import _checks
 from kljax.compat import _elements as elements
 
 
@@ -69,12 +70,12 @@ def kl_div(
     else:
         kind = _checked_reduction(name, reduction)
     for argument, side in (("input", input), ("target", target)):
-        checks.require_array(name, argument, side)
-    checks.require_bool(name, "log_target", log_target)
+        _checks.require_array(name, argument, side)
+    _checks.require_bool(name, "log_target", log_target)
     input, target = jnp.asarray(input), jnp.asarray(target)
-    checks.require_wide_float(name, "input", input)
-    checks.require_wide_float(name, "target", target)
-    checks.require_broadcastable(name, {"input": input.shape, "target": target.shape})
+    _checks.require_wide_float(name, "input", input)
+    _checks.require_wide_float(name, "target", target)
+    _checks.require_broadcastable(name, {"input": input.shape, "target": target.shape})
     batch = input.shape[0] if reduction == "batchmean" and input.ndim else None
     return _kl_div(input, target, kind, batch, bool(log_target))
 

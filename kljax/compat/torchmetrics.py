@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 import kljax
 from kljax import LogProbs, Probs
 from kljax._engine import checks
+from kljax.compat import _checks
 from kljax.compat import _elements as elements
 
 Reduction = Literal["mean", "sum", "none"] | None
@@ -91,7 +92,7 @@ class _RowMetric:
 
     def __init__(self, log_prob: bool = False, reduction: Reduction = "mean"):
         self._name = type(self).__name__
-        checks.require_bool(self._name, "log_prob", log_prob)
+        _checks.require_bool(self._name, "log_prob", log_prob)
         _check_reduction(self._name, reduction)
         self.log_prob, self.reduction = log_prob, reduction
         self.reset()
@@ -127,14 +128,14 @@ class _RowMetric:
                 stacklevel=2,
             )
         if self._keeps_rows:
-            checks.require_samples(self._name, self._rows)
+            _checks.require_samples(self._name, self._rows)
             dtype = elements.promoted(*(rows.dtype for rows in self._rows))
             return jnp.concatenate([rows.astype(dtype) for rows in self._rows])
         return self._sum / self._count if self.reduction == "mean" else self._sum
 
     def merge_state(self, incoming_state: "_RowMetric") -> None:
         """Add the batches of another metric of the same class and reduction."""
-        checks.require_same_metric(
+        _checks.require_same_metric(
             self._name, incoming_state, type(self), "reduction", self.reduction
         )
         self._rows = incoming_state._rows + self._rows
@@ -221,14 +222,14 @@ def _row_values(
 ) -> Array:
     sides = {"p": p, "q": q}
     for argument, side in sides.items():
-        checks.require_array(name, argument, side)
+        _checks.require_array(name, argument, side)
     p, q = (_as_float(name, argument, jnp.asarray(side)) for argument, side in sides.items())
-    checks.require_same_matrices(name, {"p": p.shape, "q": q.shape})
+    _checks.require_same_matrices(name, {"p": p.shape, "q": q.shape})
     return _rows(divergence, p, q, bool(log_prob))
 
 
 def _as_float(name: str, argument: str, side: Array) -> Array:
-    checks.require_real(name, argument, side)
+    _checks.require_real(name, argument, side)
     return side if jnp.issubdtype(side.dtype, jnp.floating) else side.astype(jnp.float32)
 
 
