@@ -104,6 +104,7 @@ def test_huge_logits(size, temperature):
     assert all(np.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.slow(but=["forward_kl-bfloat16", "jensen_shannon-float16"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", [*NON_NEGATIVE, "cross_entropy"])
 def test_16_bit_inputs_are_computed_in_float32(rng, name, dtype):
@@ -153,6 +154,7 @@ def test_float64_stays_float64(rng):
     assert [value.dtype, *(g.dtype for g in gradients)] == [np.float64, np.float64, np.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_to_temperature_and_mixture(rng):
     """Exact derivatives to T, beta and alpha, inside and at the ends where they exist."""
@@ -186,6 +188,7 @@ def test_derivatives_to_temperature_and_mixture(rng):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("logits", "logits"), ("probs", "log_probs")], ids="-".join)
 @pytest.mark.usefixtures("x64")
 def test_scaled_jensen_shannon_is_continuous_to_its_ends(rng, kinds):

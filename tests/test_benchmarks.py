@@ -101,6 +101,7 @@ def _errors(case, losses):
     return found
 
 
+@pytest.mark.slow(but=["logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_contenders_compute_the_same(kind):
     everyone = peers.contenders()
@@ -162,6 +163,7 @@ def test_stored_float32_arrays_are_found():
     assert budgets.wide_arrays(stored, 64 * 4096 + 1) == []
 
 
+@pytest.mark.slow
 def test_budgets(monkeypatch):
     """Every measure is there and says whether it is met."""
     for name, value in {
@@ -193,6 +195,7 @@ def test_budgets(monkeypatch):
     assert over_optax.met == (ratio >= 4)
 
 
+@pytest.mark.slow
 def test_quick_run(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "QUICK", TINY)
     monkeypatch.setattr(shapes, "QUICK_TOKENS", (6, 12))

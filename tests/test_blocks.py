@@ -20,6 +20,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.slow(but=["float32-(13,)-(4,)", "bfloat16-(6, 11)-(3, 2)"])
 @pytest.mark.parametrize("blocks", CUTS, ids=lambda b: f"{b.batch}-{b.extents}")
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_a_sweep_sees_each_row_once(blocks, dtype):

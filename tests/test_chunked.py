@@ -48,6 +48,7 @@ def side(rng, kind="logits", shape=(N, V), axis=-1):
 # --- value and gradient ---
 
 
+@pytest.mark.slow(but=["forward_kl", "jensen_shannon"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_divergence(rng, name):
     """Mask, traced temperature and share, weights over NaN, an uneven cotangent: as the oracle."""
@@ -101,6 +102,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow(but=["classes in the middle", "two batch axes", "probabilities"])
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout(rng, case):
     """Axes, kinds and shared sides; value and gradients to both are the oracle's."""
@@ -252,6 +254,7 @@ def test_a_loss_scale_keeps_small_gradients(rng):
 # --- every mode ---
 
 
+@pytest.mark.slow(but=["forward_kl"])
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_second_order(rng, name):

@@ -69,6 +69,7 @@ def alike(got, want):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * largest)
 
 
+@pytest.mark.slow(but=["forward", "log-probabilities", "forward in blocks"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_derivative(rng, case):
     """Value, gradient, tangent and Hessian-vector product, to both sides and the temperature."""
@@ -99,6 +100,7 @@ def test_every_derivative(rng, case):
     alike(jax.jit(partial(derivatives, sharded))(), jax.jit(partial(derivatives, loss))())
 
 
+@pytest.mark.slow(but=["integers"])
 @pytest.mark.parametrize("labels", ["integers", "soft"])
 def test_distillation_with_labels_and_metrics(rng, labels):
     """Labels number the whole vocabulary, and so does the class where student and teacher agree."""

@@ -225,6 +225,7 @@ def test_a_callable_with_a_state_is_never_cached(rng):
     assert_close(mine(x, y), 3 * first)
 
 
+@pytest.mark.slow
 def test_a_divergence_with_traced_options_leaves_no_tracer(rng):
     """A partial over a traced beta, and a term over a traced scale, leak nothing."""
     x, y = (jnp.asarray(rng.normal(size=(2, 4)), jnp.float32) for _ in range(2))

@@ -34,6 +34,7 @@ def coarsest(case):
     return max(dtypes, key=lambda dtype: tol(dtype)["rtol"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["torch", "torchmetrics", "optax", "keras", "gluon"])
 def test_goldens_are_the_system_s(system, tmp_path):
     """Made anew, they are the committed ones."""

@@ -75,6 +75,7 @@ def assert_gradients(got, f, a, dtype=np.float32):
 # --- value and gradient ---
 
 
+@pytest.mark.slow(but=["forward_kl", "jensen_shannon"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_divergence_with_every_option(rng, name):
     """Bias, softcap, scale, mask, traced temperature, weights, blocks; gradients to all of it."""
@@ -376,6 +377,7 @@ def plain(name, s, t):
     return (kl(t, m) + kl(s, m)) / 2
 
 
+@pytest.mark.slow(but=["forward_kl"])
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_second_order(rng, name):

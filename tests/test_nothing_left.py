@@ -107,6 +107,9 @@ def test_a_check_that_was_asked_for_is_seen(sides):
     assert "check[" in str(jaxpr)
 
 
+@pytest.mark.slow(
+    but=["forward_kl", "distillation_loss", "metrics.Divergence", "top_k", "compat.torch"]
+)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_exported_and_read_back(sides, name):
     """With a symbolic batch, for CPU: the same numbers."""

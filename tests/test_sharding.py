@@ -31,6 +31,9 @@ CASES = {
 }
 
 
+@pytest.mark.slow(
+    but=["both sharded-Explicit", "mask, weights, temperature-Auto", "distillation-Explicit"]
+)
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
 @pytest.mark.parametrize("case", CASES)
 def test_value_and_gradient_on_a_mesh(rng, case, axis_type):

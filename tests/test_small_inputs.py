@@ -301,6 +301,7 @@ def test_nnx_metrics():
     assert lax.stop_gradient(metric.compute().mean) > 0
 
 
+@pytest.mark.slow(but=["implementation1-options0"])
 @pytest.mark.parametrize("options", [{}, {"where": np.arange(7) != 2}, {"temperature": 2.0}])
 @pytest.mark.parametrize("implementation", [None, kljax.Chunked(rows=2)])
 def test_an_embedding_table_as_a_head(rng, options, implementation):
@@ -344,6 +345,7 @@ def test_distributions_have_a_base():
         assert isinstance(side, kljax.Distribution)
 
 
+@pytest.mark.slow(but=["forward_kl-implementation1", "Head-None", "top_k-None"])
 @pytest.mark.parametrize("implementation", [None, kljax.Chunked(rows=2)])
 @pytest.mark.parametrize(
     "name", ["forward_kl", "jensen_shannon", "entropy", "Head", "top_k", "loss"]

@@ -77,6 +77,7 @@ def expected_gradient(name, x, y, wrt, kinds, value, params):
         return np.where((slope == 0) & (q == 0), 0, slope / q)
 
 
+@pytest.mark.slow(but=["forward_kl-logits-logits", "cross_entropy-probs-log_probs"])
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.usefixtures("x64")
@@ -120,6 +121,7 @@ def _in_every_mode(f, wrt, x, y, with_hessian):
     return [*map(np.asarray, computed), *([] if with_hessian else [None])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.usefixtures("x64")
 def test_hessian_is_the_oracle_s(name):
@@ -138,6 +140,7 @@ def test_hessian_is_the_oracle_s(name):
             np.testing.assert_allclose(got[i][j], full, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow(but=["forward_kl-logits", "skew_forward_kl-probs"])
 @pytest.mark.parametrize("kind", HOLD)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_nan_is_never_hidden(name, kind):
@@ -155,6 +158,7 @@ def test_nan_is_never_hidden(name, kind):
     assert np.isnan(gradients).all()
 
 
+@pytest.mark.slow(but=["forward_kl-logits-logits", "jensen_shannon-log_probs-probs"])
 @pytest.mark.parametrize("kinds", KINDS[:2], ids="-".join)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_masked_classes_have_no_effect(name, kinds):
@@ -183,6 +187,7 @@ def test_masked_classes_have_no_effect(name, kinds):
         assert_close(got, np.insert(np.asarray(slim_gradient, np.float64), masked, 0, axis=-1))
 
 
+@pytest.mark.slow(but=["forward_kl", "entropy"])
 @pytest.mark.parametrize("name", [*DIVERGENCES, "entropy"])
 def test_a_fully_masked_row_is_zero(name):
     """No class left: value 0 and gradient 0, beside rows that are computed as ever."""

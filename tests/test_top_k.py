@@ -54,6 +54,7 @@ def padded(kept):
 # --- the four tails ---
 
 
+@pytest.mark.slow(but=["bucket--0"])
 @pytest.mark.parametrize(
     ("tail", "told", "names"),
     [
@@ -183,6 +184,7 @@ def test_confident_sides(rng):
         assert_close(got, oracle_large.top_k_divergence(name, x, **want))
 
 
+@pytest.mark.slow
 def test_all_classes_leave_no_rest(rng):
     """k = V is the full divergence, also without log_tail, though a float32 sum is not quite 1."""
     x, y = logits(rng, 64, V), logits(rng, 64, V)
@@ -248,6 +250,7 @@ def test_a_cache_of_16_bits(rng):
 # --- options ---
 
 
+@pytest.mark.slow
 def test_predictions_of_every_kind(rng):
     """Heads, in blocks, log-probabilities and probabilities beside the best classes."""
     _, kept = best(rng)
@@ -571,6 +574,7 @@ def test_values_are_checked():
 # --- masked classes and examples without any ---
 
 
+@pytest.mark.slow(but=["bucket"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both"])
 def test_masked_classes_do_not_exist_for_either_side(rng, tail):
     """With all classes kept the loss under a mask is that of the teacher's logits."""

@@ -53,6 +53,7 @@ def plain_forward_kl(s, t):
     return jnp.sum(jnp.exp(log_t) * (log_t - log_s), -1).mean()
 
 
+@pytest.mark.slow(but=["plain"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0}], ids=["plain", "temperature"])
 def test_two_reads_and_a_write_of_the_gradient(chip, options):
     """Row statistics in one pass, and value and gradient in another."""
@@ -62,12 +63,14 @@ def test_two_reads_and_a_write_of_the_gradient(chip, options):
     assert not is_widened(ours)
 
 
+@pytest.mark.slow
 def test_the_plain_formula_takes_more(chip):
     """What is measured above is there to be seen."""
     assert passes(compiled(jax.value_and_grad(plain_forward_kl), chip)) > 1.7
     assert is_widened(compiled(lambda s, t: jax.nn.softmax(s.astype(jnp.float32)), chip))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "skew_forward_kl"])
 def test_one_more_pass_for_a_sum_over_the_classes(chip, name):
     """Where the gradient needs the value or a sum of its own; still no wide copy."""

@@ -13,6 +13,7 @@ import kljax
 NAMES = ["forward_kl", "jeffreys", "jensen_shannon", "skew_reverse_kl", "cross_entropy"]
 
 
+@pytest.mark.slow(but=["forward_kl"])
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "entropy"])
 @pytest.mark.usefixtures("x64")
 def test_derivative_rules_against_finite_differences(rng, name):
