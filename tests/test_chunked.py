@@ -254,7 +254,7 @@ def test_a_loss_scale_keeps_small_gradients(rng):
 # --- every mode ---
 
 
-@pytest.mark.slow(but=["forward_kl"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_second_order(rng, name):
@@ -320,6 +320,7 @@ def test_a_term_that_captures_one_value_per_example(rng):
     assert_close(kljax.distillation_loss(x, y, divergence=mine)[0], want)
 
 
+@pytest.mark.slow
 def test_transforms(rng):
     """vmap, scan, checkpoint and grad of them are the batch's, whichever rows a block holds."""
     x, y = side(rng), side(rng)

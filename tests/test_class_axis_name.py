@@ -100,7 +100,7 @@ def test_every_derivative(rng, case):
     alike(jax.jit(partial(derivatives, sharded))(), jax.jit(partial(derivatives, loss))())
 
 
-@pytest.mark.slow(but=["integers"])
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["integers", "soft"])
 def test_distillation_with_labels_and_metrics(rng, labels):
     """Labels number the whole vocabulary, and so does the class where student and teacher agree."""

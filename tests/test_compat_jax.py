@@ -89,6 +89,7 @@ def test_optax_forward_mode_and_hessian():
     assert_close(jax.jacfwd(optax.kl_divergence)(log_q, labels), [-1, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_optax_masked_nan(function):
     """What `where` hides has no effect on value or gradient."""

@@ -35,6 +35,7 @@ def exact(case):
     return {**case, "value": np.array(case["value"]) - more, "gradients": gradients}
 
 
+@pytest.mark.slow
 def test_goldens(x64):
     """Values, gradients and dtypes of both functions."""
     assert_goldens(
@@ -58,6 +59,7 @@ def test_zeros():
             assert np.isfinite(got[0]).all(), "a zero in a row leaves its gradient finite"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["KLDivergence", "JensenShannonDivergence"])
 def test_streams(name, x64):
     """Uneven batches, weighted by their rows; the value of each call; merging; resetting."""

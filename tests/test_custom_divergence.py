@@ -31,6 +31,7 @@ def test_a_term_becomes_a_divergence_with_every_option(rng):
     assert total_variation.__doc__ == "Half the absolute difference."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 def test_the_exported_pieces_make_the_built_in_ones(rng, name):
     """From term_kl, term_generalized_kl and log_mixture; at zeros and in second order too."""
@@ -72,6 +73,7 @@ def test_log_ratio_reaches_the_normalized_term(rng):
     assert mine(*sides) == kljax.forward_kl(*sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_closed_over_values_get_gradients(rng, trace):
     """Scalars and per-class arrays, traced outside, in reverse and forward mode and under vmap."""
@@ -160,6 +162,7 @@ def test_log_mixture(weight):
     np.testing.assert_array_equal(same[1:], np.zeros((2, 5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
 )

@@ -16,6 +16,8 @@ from scipy.special import kl_div, rel_entr
 import kljax
 from kljax import Logits, LogProbs, Probs
 
+pytestmark = pytest.mark.slow
+
 INF = float("inf")
 
 

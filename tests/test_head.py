@@ -111,6 +111,7 @@ def test_every_divergence_with_every_option(rng, name):
     assert (np.asarray(got["s.hidden"])[WEIGHTS == 0] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
@@ -196,6 +197,7 @@ def test_reductions_and_what_follows_them(rng):
         assert_gradients(got, f, only(a, *trained))
 
 
+@pytest.mark.slow
 def test_shapes(rng):
     """A batch of two axes, none at all, and one distribution that the batch shares."""
     a, where = arrays(rng, (2, 5)), np.arange(V) != 3
@@ -317,6 +319,7 @@ def test_a_vocabulary_of_257(rng, size):
     np.testing.assert_allclose(got["t.kernel"], to_kernel, rtol=0, atol=1e-3 * abs(to_kernel).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, np.float32])
 def test_16_bit_parts(rng, kernel_dtype):
     """The value of the rounded parts to float32 accuracy, and gradients in each part's dtype."""
@@ -377,7 +380,7 @@ def plain(name, s, t):
     return (kl(t, m) + kl(s, m)) / 2
 
 
-@pytest.mark.slow(but=["forward_kl"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_second_order(rng, name):
@@ -500,6 +503,7 @@ def test_no_logits_in_memory():
 # --- transforms ---
 
 
+@pytest.mark.slow
 def test_vmap_scan_checkpoint_and_jit_agree(rng):
     """Value and gradient are the batch's, however the rows are visited."""
     a = only(arrays(rng), "s", "t.hidden", "t.kernel")
@@ -674,6 +678,7 @@ def test_arguments_that_do_not_fit_a_head():
         kljax.entropy(kljax.Head(HIDDEN.astype(np.int32), KERNEL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_nothing_is_read_at_a_masked_class(rng, bad, softcap):

@@ -210,6 +210,7 @@ def test_errors(arguments, error, message):
 # --- Flax NNX ---
 
 
+@pytest.mark.slow
 def test_nnx_in_a_multi_metric(rng):
     """Beside Flax's own metrics, jitted, masked by one mask or by name; reset."""
     nnx = pytest.importorskip("flax.nnx")

@@ -77,6 +77,7 @@ def on_the_best(tail, s, idx, lp, log_tail):
             return s, jnp.full(s.size, -jnp.inf).at[idx].set(log_softmax(lp))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both", "truncate"])
 def test_best_classes(rng, tail):
     """The four tails, with and without the rest's mass, in value and gradients to both sides."""

@@ -86,6 +86,7 @@ def test_a_divergence_is_not_negative_and_equals_the_oracle(name, s, t):
     assert_close(got, ORACLES[name](s, t))
 
 
+@pytest.mark.slow
 @every_divergence
 @given(s=logits)
 @few
@@ -141,6 +142,7 @@ def test_jeffreys_is_forward_plus_reverse(s, t):
     assert_close(values("jeffreys", s, t), parts)
 
 
+@pytest.mark.slow
 @given(s=logits, t=logits)
 @few
 def test_cross_entropy_is_entropy_plus_forward_kl(s, t):

@@ -19,6 +19,8 @@ from kljax.compat import torch as compat_torch
 from kljax.compat import torchmetrics
 from kljax.compat.gluon import KLDivLoss
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
 TABLE = GUIDE[GUIDE.index("## To reproduce") :]
 CELLS = dict(re.findall(r"^\| ([^|`]+?) \|[^|`]*\| `(.+)` \|$", TABLE, re.MULTILINE))

@@ -45,6 +45,7 @@ def test_a_mixed_derivative_of_cross_entropy():
     assert_close(mixed, np.asarray(jax.nn.softmax(X[0]))[None] - np.eye(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, np.array([True, True, False])])
 def test_label_smoothing(where):
     labels, eps = jnp.array([0, 1]), 0.1
@@ -71,6 +72,7 @@ def test_label_smoothing(where):
     assert_close(to_eps(eps), log_s[0, 0] - log_s[0][allowed].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Probs, lambda p: LogProbs(jnp.log(p))])
 def test_soft_labels_of_a_distillation(kind):
     """Mixup: the hard term is the cross-entropy with them, in the same pass."""
@@ -179,6 +181,7 @@ def test_a_metric_of_the_host_outlives_grad():
     assert_close(metric.compute(), 0.0852996)
 
 
+@pytest.mark.slow
 def test_no_nan_on_the_way_to_a_finite_result():
     """`jax_debug_nans` is quiet, compiled and operation by operation."""
     zeros = Probs(jnp.array([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]))

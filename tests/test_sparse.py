@@ -75,6 +75,7 @@ def test_near_ties_are_ordered_by_the_logits():
 SETTINGS = {"temperature": 2.0, "proposal_power": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, SETTINGS, {"proposal_power": 0.0}], ids=["own", "flat", "even"]
 )
@@ -190,6 +191,7 @@ def test_the_best_of_a_head(rng, where):
     assert_close(kljax.forward_kl(head, got, where=where, temperature=2.0), of_both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_samples_of_a_head(rng, make_key):
     """The same draws as from its logits, none of a masked class, whatever the blocks."""

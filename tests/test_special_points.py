@@ -220,6 +220,7 @@ def test_mass_too_small_for_the_dtype_still_counts():
     assert np.isnan(jax.grad(lambda p: kljax.kl(p, q))(p)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_kl_terms_are_the_textbook_s(kinds):
     """Elementwise p (log p - log q), with the same zeros, in value and derivatives."""

@@ -117,6 +117,7 @@ def test_a_truncated_sum_may_be_negative():
     np.testing.assert_allclose(kljax.reverse_kl(f32(predictions), bucket), 0.311, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_the_bucket_is_a_lower_bound(rng):
     """0 ≤ D with fewer classes ≤ D with more ≤ D of all classes, which k = V is."""
     x, y = logits(rng, 40, 12), logits(rng, 40, 12)
@@ -137,6 +138,7 @@ def test_the_bucket_is_a_lower_bound(rng):
         assert_close(bounds[-1], full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_the_bucket_is_zero_at_equality(rng, temperature):
     """Of the same logits value and gradients are 0; of others with the same parts the value is."""
@@ -405,6 +407,7 @@ def test_a_pytree_under_transforms(rng):
     assert gradient.indices.dtype == jax.dtypes.float0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_second_order(rng):
     """jvp is the oracle's tangent; the Hessian that of the plain formula."""
@@ -446,6 +449,7 @@ def test_forward_mode_and_second_order(rng):
 # --- distillation ---
 
 
+@pytest.mark.slow
 def test_distillation_loss(rng):
     """Cached targets and labels: loss and gradient; the metrics that the cache can tell."""
     labels, options = np.arange(N) % V, {"soft_weight": 0.7, "hard_weight": 0.4, "weights": WEIGHTS}
@@ -551,6 +555,7 @@ def test_another_temperature_raises(own, given):
         assert str(part) in str(raised.value)
 
 
+@pytest.mark.slow
 def test_values_are_checked():
     """Indices out of range, another traced temperature; what is right is not reported."""
     f = kljax.forward_kl
@@ -604,6 +609,7 @@ def test_a_masked_best_class_leaves_the_rest(rng):
     assert_close(untold, np.float64(told))
 
 
+@pytest.mark.slow
 def test_nothing_left_of_the_teacher_is_zero(rng):
     """Though the predictions have classes left."""
     x, where = jnp.asarray(logits(rng)), np.arange(V) > 0
@@ -615,6 +621,7 @@ def test_nothing_left_of_the_teacher_is_zero(rng):
     assert metrics.soft == metrics.teacher_entropy == 0
 
 
+@pytest.mark.slow
 def test_one_top_k_for_all_beside_a_mask_of_each(rng):
     """A shared teacher, with its metrics, under a mask that differs from example to example."""
     x, y = jnp.asarray(logits(rng)), jnp.asarray(logits(rng, V))
@@ -625,6 +632,7 @@ def test_one_top_k_for_all_beside_a_mask_of_each(rng):
     assert_close(jax.tree.leaves(got), jax.tree.leaves(want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_both", "truncate"])
 def test_an_example_without_classes_is_zero(rng, tail):
     """Every class masked: value and gradient 0, beside examples that are computed as ever."""

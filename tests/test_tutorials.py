@@ -18,6 +18,8 @@ from helpers import report, tol
 import kljax
 from kljax import LogProbs, Probs
 
+pytestmark = pytest.mark.slow
+
 FILE = pathlib.Path(__file__).parent / "data" / "tutorials.json"
 CASES = {case["id"]: case for case in json.loads(FILE.read_text())["cases"]}
 
