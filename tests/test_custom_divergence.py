@@ -243,6 +243,20 @@ def test_a_divergence_with_traced_options_leaves_no_tracer(rng):
     assert_close(got, want)
 
 
+def test_a_term_that_captures_compiles_nothing_anew(rng, caplog):
+    """Outside jit its operations run one by one, whatever it captures the next time."""
+    x, y = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(2))
+
+    def loss(x, scale):
+        return kljax.divergence(lambda s, t: scale * kljax.term_kl(t, s))(x, y, reduction="mean")
+
+    for run in (loss, jax.grad(loss)):
+        run(x, jnp.float32(2.0))
+        with jax.log_compiles():
+            run(x, jnp.float32(3.0))
+    assert "Compiling" not in caplog.text
+
+
 def test_terms_of_another_dtype(rng):
     """A 16-bit answer is widened; an integer one is an error."""
     x, y = (rng.normal(size=4).astype(np.float32) for _ in range(2))

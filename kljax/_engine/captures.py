@@ -82,7 +82,8 @@ def hoist(loss: Loss, layout: Layout, path: Path) -> Loss:
         )
 
     params = (loss.params, traces[full][0].consts)
-    return replace(loss, formula=loss.formula._replace(term=traced), params=params)
+    formula = loss.formula._replace(term=traced, cached=False)
+    return replace(loss, formula=formula, params=params)
 
 
 def _arguments(loss: Loss) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ One such rule serves reverse mode, forward mode and, differentiated again, all h
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ class Formula(NamedTuple):
     slope_sums: tuple[float | None, ...] = ()
     needs_mass: bool = False  # infinite where targets are 0
     linear: int | None = None  # the side p of a term p · g(log q)
+    cached: bool = True  # not if the term is another one at each call
 
     def on(self, sides: tuple[Classed, ...], temperature: Array | None) -> "Formula":
         """With the term that serves these sides as its only one."""
@@ -84,6 +85,17 @@ class Loss:
         return contributions.astype(seen.log_ratio.dtype)
 
 
+def _traced_once(function: Callable[..., Array], **static: Any) -> Callable[..., Array]:
+    """Traced once, not for each derivative anew; of a term that does not come again not at all."""
+    jitted = jax.jit(function, inline=True, **static)
+
+    @wraps(function)
+    def call(loss: Loss, *args: Any) -> Array:
+        return (jitted if loss.formula.cached else function)(loss, *args)
+
+    return call
+
+
 def values(loss: Loss) -> Array:
     """One value per example, from sides whose logits are at hand."""
     return _values(loss.on_few_classes())
@@ -96,7 +108,7 @@ def _values(loss: Loss) -> Array:
     return total if loss.factor is None else weigh(loss.factor, total)
 
 
-@partial(jax.jit, inline=True)  # traced once, as is the view
+@_traced_once
 def _total(loss: Loss) -> Array:
     seen = loss.view()
     total = loss.classes.sum(loss.classes.present(loss.term(seen, loss.params)))
@@ -176,7 +188,7 @@ def _elements_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Ar
     return values, values_dot
 
 
-@partial(jax.jit, static_argnums=2, inline=True)
+@partial(_traced_once, static_argnums=2)
 def _slope(loss: Loss, seen: View, i: int) -> Array:
     """The term's derivative to the log-probabilities of side i."""
 
