@@ -63,11 +63,10 @@ def _evaluate(
         axis_name=axis_name,
     )
     formula = choose_term(formula, inputs)
-    pure = captures.is_pure(formula.term)
     path = paths.choose(
-        formula.name, implementation, inputs.layout, inputs.sides, capturing=not pure
+        formula.name, implementation, inputs.layout, inputs.sides, capturing=not formula.cached
     )
-    run = _run_jitted if pure else _run
+    run = _run_jitted if formula.cached else _run
     return run(formula, path, inputs, weighting, as_arrays(params))
 
 
@@ -91,7 +90,7 @@ def _run(
     placed = inputs.place((weights,) * len(inputs.sides))
     value_checks.check_weights(formula.name, "weights", weights)
     loss = Loss(formula, *placed, params)
-    if not captures.is_pure(formula.term):
+    if not formula.cached:
         loss = captures.hoist(loss, layout, path)
     factor = weighting.factor(layout.batch, compute_dtype(loss.sides))
     loss = replace(loss, factor=factor)

@@ -68,7 +68,8 @@ class Inputs:
             temperature = temperature.astype(compute_dtype(sides))
             if temperature.ndim:
                 temperature = jnp.expand_dims(temperature, layout.axis)
-        if not meshes.explicit(sides):  # checkify's checks cannot be mapped over such an axis
+        # checkify's checks cannot be mapped over an explicit axis.
+        if value_checks.are_asked_for() and not meshes.explicit(sides):
             value_checks.check_temperature(self.caller, temperature)
             for argument, side, own in zip(self.arguments, sides, live, strict=True):
                 side.report(f"{self.caller}: {argument}", layout, classes, own, temperature)

@@ -25,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax import _pipeline
-from kljax._engine import checks, value_checks
+from kljax._engine import captures, checks, value_checks
 from kljax._engine.loss import Formula, Term
 from kljax._engine.paths import Implementation
 from kljax._engine.terms import (
@@ -160,6 +160,7 @@ class _Made:
             normalized
             and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, **params)),
             needs_mass=needs_mass,
+            cached=all(map(captures.is_pure, (term, normalized))),
         )
         given = inspect.signature(term).parameters.values()
         self._parameters = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}

@@ -131,7 +131,7 @@ def distillation_loss(
     dtype = compute_dtype(inputs.sides)
     formula = _pipeline.choose_term(asked.formula, inputs)
     plain = asked.formula.on(inputs.sides, None)
-    pure = captures.is_pure(formula.term) and captures.is_pure(plain.term)
+    pure = formula.cached and plain.cached
     path = paths.choose(_NAME, implementation, layout, inputs.sides, capturing=not pure)
     if labels is not None:
         inputs = inputs.also("labels", _say_labels(labels, inputs, label_smoothing))
@@ -270,7 +270,7 @@ def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
     teacher = lax.stop_gradient(teacher)
     loss = Loss(terms.formula, (student, teacher), classes, temperature, terms.params)
     plain = replace(loss, formula=terms.plain, temperature=None)
-    if not captures.is_pure(terms.formula.term):
+    if not (terms.formula.cached and terms.plain.cached):
         loss, plain = (captures.hoist(each, layout, path) for each in (loss, plain))
     shares = (held(t.factor(layout.batch, soft.dtype)) for t in (terms.soft, terms.hard))
     soft_share, hard_share = shares

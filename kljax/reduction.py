@@ -68,7 +68,7 @@ def reduce(
     """
     values = checks.to_array("reduce", "values", values)
     checks.require_float("reduce", "values", values)
-    layout = Layout(values.shape, ())
+    layout = Layout.of(values.shape, ())
     weighting = Weighting.read(
         "reduce",
         layout,

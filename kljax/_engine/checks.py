@@ -86,15 +86,14 @@ def require_float(caller: str, argument: str, x: Array) -> None:
     if argument == "predictions" and not jnp.issubdtype(x.dtype, jnp.floating):
         remedy = "Predictions come first, labels or targets second."
     expected = "floating point"
-    require_type(x, float, message_of(caller, argument, expected, str(x.dtype), remedy))
+    require_type(x, float, caller, argument, expected, remedy)
 
 
 def require_scalar(caller: str, argument: str, x: Array) -> None:
     """A scalar option: an array would broadcast silently."""
     if x.shape != ():
         fail(caller, argument, "a scalar", f"shape {x.shape}", "It is one number for all examples.")
-    message = message_of(caller, argument, "a real number", str(x.dtype), "Pass a float.")
-    _require_real(x, message)
+    _require_real(x, caller, argument, "a real number", "Pass a float.")
 
 
 def require_number(caller: str, argument: str, value: Any) -> Array:
@@ -123,15 +122,12 @@ def require_weights(
         elif squeezed:
             remedy = f"Reshape to {batch}."
         fail(caller, argument, f"shape {batch}, the batch shape", f"{weights.shape}", remedy)
-    message = message_of(
-        caller, argument, "bool, int or float", str(weights.dtype), "Convert them."
-    )
-    _require_real(weights, message)
+    _require_real(weights, caller, argument, "bool, int or float", "Convert them.")
 
 
 def require_where(caller: str, where: Array, layout: Layout) -> None:
     remedy = "Write `where > 0`; weights of examples go into `weights`."
-    require_type(where, bool, message_of(caller, "where", "bool", str(where.dtype), remedy))
+    require_type(where, bool, caller, "where", "bool", remedy)
     if where.shape not in (layout.classes, layout.shape):
         expected = f"shape {layout.classes}, the classes, or {layout.shape}, the whole input's"
         remedy = "It masks classes; a mask of examples goes into `weights`."
@@ -150,10 +146,8 @@ def require_said(caller: str, argument: str, x: Array) -> None:
 
 
 def require_labels(caller: str, labels: Array, layout: Layout) -> None:
-    message = message_of(
-        caller, "labels", "integers", str(labels.dtype), "Wrap soft labels in Probs or LogProbs."
-    )
-    require_type(labels, int, message)
+    remedy = "Wrap soft labels in Probs or LogProbs."
+    require_type(labels, int, caller, "labels", "integers", remedy)
     if len(layout.axis) != 1:
         got = f"{len(layout.axis)} class axes"
         fail(caller, "axis", "a single axis with integer labels", got, "Flatten the classes.")
@@ -206,10 +200,7 @@ def require_temperature(caller: str, temperature: Any, batch: Shape) -> Array:
     if temperature.shape not in ((), batch):
         got, remedy = f"shape {temperature.shape}", "It is one number, or one per example."
         fail(caller, "temperature", f"a scalar, or of the batch shape {batch}", got, remedy)
-    expected = message_of(
-        caller, "temperature", "a real number", f"{temperature.dtype}", "Pass a float."
-    )
-    _require_real(temperature, expected)
+    _require_real(temperature, caller, "temperature", "a real number", "Pass a float.")
     return temperature
 
 
@@ -219,7 +210,7 @@ def require_layout(
     """Batch and classes of the whole input; nothing but a missing batch broadcasts."""
     whole = max(shapes, key=lambda argument: len(shapes[argument]))
     names = require_axis_names(caller, "class_axis_name", class_axis_name)
-    layout = Layout(shapes[whole], require_axes(caller, shapes[whole], axis), names)
+    layout = Layout.of(shapes[whole], require_axes(caller, shapes[whole], axis), names)
     if names and len(layout.axis) != 1:
         got = f"{len(layout.axis)} class axes"
         fail(caller, "axis", "a single axis with class_axis_name", got, "Flatten the classes.")
@@ -234,10 +225,8 @@ def require_contributions(caller: str, contributions: Any, shape: Shape) -> None
         got = f"{getattr(contributions, 'shape', type(contributions).__name__)}"
         remedy = "A term is elementwise: the library sums over the classes."
         fail(caller, "term", f"a function that returns shape {shape}", got, remedy)
-    message = message_of(
-        caller, "term", "a function that returns floats", str(contributions.dtype), "Convert them."
-    )
-    require_type(contributions, float, message)
+    expected = "a function that returns floats"
+    require_type(contributions, float, caller, "term", expected, "Convert them.")
 
 
 def require_head(
@@ -277,10 +266,8 @@ def require_top_k(
     caller: str, argument: str, indices: Array, log_probs: Array, log_tail: Array | None
 ) -> None:
     """The parts of a top-k fit each other."""
-    message = message_of(
-        caller, f"{argument}.indices", "integers", str(indices.dtype), "They name classes."
-    )
-    require_type(indices, int, message)
+    which, remedy = f"{argument}.indices", "They name classes."
+    require_type(indices, int, caller, which, "integers", remedy)
     require_float(caller, f"{argument}.log_probs", log_probs)
     if indices.shape != log_probs.shape or not indices.shape:
         expected = f"shape {indices.shape}, like indices, with k last"
@@ -434,17 +421,19 @@ def _fail_shape(caller: str, argument: str, shape: Shape, other: str, layout: La
     fail(caller, argument, expected, f"{shape}", remedy)
 
 
-def require_type(x: Array, kind: type, message: str) -> None:
+def require_type(
+    x: Array, kind: type, caller: str, argument: str, expected: str, remedy: str
+) -> None:
     """By chex, in our words alone: it puts its own before them."""
     try:
         chex.assert_type(x, kind)
     except AssertionError:
-        raise TypeError(message) from None
+        raise TypeError(message_of(caller, argument, expected, str(x.dtype), remedy)) from None
 
 
-def _require_real(x: Array, message: str) -> None:
+def _require_real(x: Array, caller: str, argument: str, expected: str, remedy: str) -> None:
     if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer)):
-        require_type(x, float, message)
+        require_type(x, float, caller, argument, expected, remedy)
 
 
 def _and(sizes: Shape) -> str:

@@ -25,19 +25,16 @@ class Layout(NamedTuple):
 
     shape: Shape
     axis: tuple[int, ...]
-    names: tuple[str, ...] = ()  # the mapped axes over which the classes are spread
+    names: tuple[str, ...]  # the mapped axes over which the classes are spread
+    batch_axes: tuple[int, ...]
+    batch: Shape
+    classes: Shape
 
-    @property
-    def batch_axes(self) -> tuple[int, ...]:
-        return tuple(i for i in range(len(self.shape)) if i not in self.axis)
-
-    @property
-    def batch(self) -> Shape:
-        return tuple(self.shape[i] for i in self.batch_axes)
-
-    @property
-    def classes(self) -> Shape:
-        return tuple(self.shape[i] for i in self.axis)
+    @classmethod
+    def of(cls, shape: Shape, axis: tuple[int, ...], names: tuple[str, ...] = ()) -> "Layout":
+        batch_axes = tuple([i for i in range(len(shape)) if i not in axis])
+        batch, classes = (tuple([shape[i] for i in axes]) for axes in (batch_axes, axis))
+        return cls(shape, axis, names, batch_axes, batch, classes)
 
     @property
     def per_example(self) -> Axes:

@@ -35,7 +35,7 @@ class Formula(NamedTuple):
     slope_sums: tuple[float | None, ...] = ()
     needs_mass: bool = False  # infinite where targets are 0
     linear: int | None = None  # the side p of a term p · g(log q)
-    cached: bool = True  # not if the term is another one at each call
+    cached: bool = True  # not if a term captures what may be another at the next call
 
     def on(self, sides: tuple[Classed, ...], temperature: Array | None) -> "Formula":
         """With the term that serves these sides as its only one."""

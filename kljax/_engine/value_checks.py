@@ -46,6 +46,10 @@ def value_checks() -> Generator[None, None, None]:
         yield
 
 
+def are_asked_for() -> bool:
+    return bool(_reporting.value)
+
+
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """The same function, run with every value check: a ValueError tells the first mistake.
 
@@ -101,7 +105,7 @@ def _on_demand(check: Callable[Parameters, None]) -> Callable[Parameters, None]:
 
     @wraps(check)
     def only_if_asked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
-        if _reporting.value:
+        if are_asked_for():
             check(*args, **kwargs)
 
     return only_if_asked

@@ -30,8 +30,7 @@ def require_wide_float(caller: str, argument: str, x: Array) -> None:
 
 
 def require_integer(caller: str, argument: str, x: Array) -> None:
-    message = message_of(caller, argument, "integers", str(x.dtype), "Convert with .astype(int).")
-    require_type(x, int, message)
+    require_type(x, int, caller, argument, "integers", "Convert with .astype(int).")
 
 
 def require_bool(caller: str, argument: str, value: Any) -> None:

@@ -23,21 +23,29 @@ def pytree(cls: type[T]) -> type[T]:
     """
     names = [field.name for field in fields(cast(Any, cls))]
 
-    def is_static(side: Any, name: str) -> bool:
-        number = isinstance(getattr(side, name), numbers.Real)
-        return name in _STATIC or (name == "temperature" and number)
+    arrays = [name for name in names if name not in _STATIC]
+    but_temperature = [name for name in arrays if name != "temperature"]
 
-    def flatten(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
-        static = tuple((name, getattr(side, name)) for name in names if is_static(side, name))
-        leaves = [name for name in names if not is_static(side, name)]
-        return [(GetAttrKey(name), getattr(side, name)) for name in leaves], static
+    def leaf_names(side: Any) -> list[str]:
+        number = arrays != but_temperature and isinstance(side.temperature, numbers.Real)
+        return but_temperature if number else arrays
+
+    def flatten(side: Any) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
+        leaves = leaf_names(side)
+        static = tuple((name, getattr(side, name)) for name in names if name not in leaves)
+        return [getattr(side, name) for name in leaves], static
+
+    def with_keys(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
+        leaves, static = flatten(side)
+        keys = map(GetAttrKey, leaf_names(side))
+        return list(zip(keys, leaves, strict=True)), static
 
     def unflatten(static: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
         options = dict(static)
         leaves = [name for name in names if name not in options]
         return cls(**dict(zip(leaves, children, strict=True)), **options)
 
-    register_pytree_with_keys(cls, flatten, unflatten)
+    register_pytree_with_keys(cls, with_keys, unflatten, flatten)
     export.register_pytree_node_serialization(
         cls,
         serialized_name=f"kljax.{cls.__name__}",
