@@ -58,11 +58,13 @@ class Classed(Distribution, ABC):
     """A distribution over classes.
 
     Its methods are called in the order in which they stand: while a call is read, once it is
-    traced as a whole, and for a block of examples at a time.
+    traced as a whole, and for a block of examples at a time. After `project` and `few` it is one
+    array over the classes, or labels.
     """
 
     has_classes = True  # its shape says how many there are
-    makes_classes = False  # in a block, arrays over the classes are made of what it holds
+    # In a block, arrays over the classes are made of what it holds; `kl_terms` has no blocks.
+    makes_classes = False
     has_kernel = False  # it is passed over once a block, and so is its gradient
 
     @property
@@ -85,15 +87,18 @@ class Classed(Distribution, ABC):
     def require_mass(self, caller: str, layout: Layout) -> None:
         """An error where it does not tell the mass of some class, and a loss needs that."""
 
+    @abstractmethod
     def normalizes(self, temperature: Array | None) -> bool:
-        """Whether the library normalises it, or takes it at its word."""
-        return True
+        """Whether the library normalises it, by a softmax that `view` tells of."""
 
     @abstractmethod
     def place(
         self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
     ) -> "Classed":
         """On the axes of the whole input; an axis that it lacks has the size 1.
+
+        What makes its classes itself, in `project`, keeps here what it needs of `where`, and puts
+        numbers in place of NaN in examples that do not count.
 
         Args:
             layout: Where batch and classes lie.
@@ -117,7 +122,11 @@ class Classed(Distribution, ABC):
         """Report values that cannot be what it says they are."""
 
     def project(self) -> tuple["Classed", Pullback | None]:
-        """The same with its logits at hand, and the way back from them."""
+        """The same as one array over the classes, and the way back to what that was made of.
+
+        Needed wherever classes are mixed otherwise than by the softmax of `view`. The way back is
+        given numbers of leaves, and the gradient to the array; it returns those to the leaves.
+        """
         return self, None
 
     def few(
@@ -134,7 +143,7 @@ class Classed(Distribution, ABC):
         like: jax.ShapeDtypeStruct,
         state: RowState | None = None,
     ) -> Side:
-        """As log-probabilities.
+        """As log-probabilities; its derivative is not taken, but told by `slope` and `along`.
 
         Args:
             classes: Of the block.
@@ -144,7 +153,7 @@ class Classed(Distribution, ABC):
         """
 
     def slope(self, slope: Array) -> Array:
-        """The derivative to what it holds, from that to the logarithm."""
+        """The derivative to what it holds, from that to the logarithm, class by class."""
         return slope
 
     def along(self, slope: Array, tangent: Array) -> Array:

@@ -11,11 +11,9 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 T = TypeVar("T")
 
-_STATIC = ("softcap", "tail", "transposed")
 
-
-def pytree(cls: type[T]) -> type[T]:
-    """Register a class of arrays and static options.
+def pytree(cls: type[T], *, static: tuple[str, ...] = ()) -> type[T]:
+    """Register a class of arrays and, by their names, static options.
 
     A temperature that is a plain number is static too: it does not become one per example when
     the arrays are mapped or cut. Not with `register_dataclass`: the tree structures of two such
@@ -23,7 +21,7 @@ def pytree(cls: type[T]) -> type[T]:
     """
     names = [field.name for field in fields(cast(Any, cls))]
 
-    arrays = [name for name in names if name not in _STATIC]
+    arrays = [name for name in names if name not in static]
     but_temperature = [name for name in arrays if name != "temperature"]
 
     def leaf_names(side: Any) -> list[str]:
@@ -32,24 +30,24 @@ def pytree(cls: type[T]) -> type[T]:
 
     def flatten(side: Any) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
         leaves = leaf_names(side)
-        static = tuple((name, getattr(side, name)) for name in names if name not in leaves)
-        return [getattr(side, name) for name in leaves], static
+        options = tuple((name, getattr(side, name)) for name in names if name not in leaves)
+        return [getattr(side, name) for name in leaves], options
 
     def with_keys(side: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[tuple[str, Any], ...]]:
-        leaves, static = flatten(side)
+        leaves, options = flatten(side)
         keys = map(GetAttrKey, leaf_names(side))
-        return list(zip(keys, leaves, strict=True)), static
+        return list(zip(keys, leaves, strict=True)), options
 
-    def unflatten(static: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
-        options = dict(static)
-        leaves = [name for name in names if name not in options]
-        return cls(**dict(zip(leaves, children, strict=True)), **options)
+    def unflatten(options: tuple[tuple[str, Any], ...], children: Iterable[Any]) -> Any:
+        given = dict(options)
+        leaves = [name for name in names if name not in given]
+        return cls(**dict(zip(leaves, children, strict=True)), **given)
 
     register_pytree_with_keys(cls, with_keys, unflatten, flatten)
     export.register_pytree_node_serialization(
         cls,
         serialized_name=f"kljax.{cls.__name__}",
-        serialize_auxdata=lambda static: json.dumps(static, default=float).encode(),
+        serialize_auxdata=lambda options: json.dumps(options, default=float).encode(),
         deserialize_auxdata=lambda text: tuple(map(tuple, json.loads(text))),
     )
     return cls

@@ -22,7 +22,7 @@ from kljax.distributions._pytree import pytree
 from kljax.distributions.arrays import Logits
 
 
-@pytree
+@partial(pytree, static=("softcap", "transposed"))
 @dataclass(frozen=True, eq=False)
 class Head(Classed):
     r"""Logits that a model's output head would give, never held as a whole.
@@ -79,6 +79,9 @@ class Head(Classed):
         checks.require_classes_last(caller, argument, layout)
         checks.require_no_class_axis_name(caller, argument, "Head", layout)
         return self
+
+    def normalizes(self, temperature: Array | None) -> bool:
+        return True
 
     def place(
         self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None

@@ -26,7 +26,7 @@ from kljax.distributions.arrays import LogProbs
 Tail = Literal["bucket", "renormalize", "renormalize_both", "truncate"]
 
 
-@pytree
+@partial(pytree, static=("tail",))
 @dataclass(frozen=True, eq=False)
 class TopK(Classed):
     r"""A teacher's k best classes, as targets; from `top_k`, `sample_targets` or a cache.
