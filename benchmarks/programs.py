@@ -112,6 +112,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"HloModule \S+", "HloModule", text)
     text = re.sub(r"^(\d+ [\"{].*|\w+(Names|Locations|Frames))$", "", text, flags=re.M)
     text = re.sub(r"\n\s*(?=\n)", "", text)
+    text = re.sub(r"[\w.\-]+: (?=\w+\[|\()", "", text)  # the names of parameters
     names: dict[str, str] = {}
     number = lambda m: names.setdefault(m[0], f"%{len(names)}")  # noqa: E731
     return re.sub(r"%[\w.\-]+", number, text)

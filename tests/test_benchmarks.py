@@ -13,7 +13,17 @@ import oracle_large
 import pytest
 
 from benchmarks import __main__ as runs
-from benchmarks import budgets, overhead, peers, reference, report, runner, shapes, torch_peers
+from benchmarks import (
+    budgets,
+    overhead,
+    peers,
+    programs,
+    reference,
+    report,
+    runner,
+    shapes,
+    torch_peers,
+)
 from benchmarks.cases import DIVERGENCES, KINDS, Case, Rates, floor, inputs
 
 TINY = shapes.Shape("tiny", 24, 5, 7, "float32")
@@ -256,3 +266,17 @@ def test_only_a_peer_may_fail():
     assert found == [{"contender": "optax", "status": "TypeError: broken"}]
     with pytest.raises(TypeError, match="broken"):
         runner.measure(case, [ours], rates, LIMITS)
+
+
+def test_a_program_s_hash_tells_what_it_computes_not_its_names():
+    def one(x):
+        return jnp.sin(x) + 1
+
+    def same(other_name):
+        return jnp.sin(other_name) + 1
+
+    x = jnp.ones(3)
+    first, again, another = (
+        programs.measure(f, (x,))["program"] for f in (one, same, lambda x: jnp.sin(x) + 2)
+    )
+    assert first == again != another
