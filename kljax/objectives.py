@@ -119,6 +119,7 @@ def distillation_loss(
     section 2.
     """
     asked = checks.require_divergence(_NAME, "divergence", divergence, bound(divergence))
+    checks.require_no_smoothing(_NAME, asked.params.get(_pipeline.SMOOTHING, 0.0))
     inputs = _reading.read(
         _NAME,
         {"predictions": predictions, "targets": targets},

@@ -465,6 +465,12 @@ def test_a_divergence_may_hold_a_traced_value(how):
 # --- metrics ---
 
 
+def test_a_teacher_is_not_smoothed():
+    smoothed = partial(kljax.cross_entropy, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing must be left out with a distribution"):
+        kljax.distillation_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), divergence=smoothed)
+
+
 def test_metrics_have_no_gradient():
     """No metric moves anything: all their gradients are 0."""
 
