@@ -302,7 +302,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     Gradients: to both sides, temperature, weights and normalizer, in reverse and forward mode
     and of second order. Nothing is stopped: stop a teacher with ``jax.lax.stop_gradient``. Where
     the value is +inf the gradient to predictions is finite on logits (softmax - t) and that to
-    targets is NaN. Gradients through ``axis_name``: see `reduce`.
+    targets is NaN. Gradients through ``axis_name`` and ``class_axis_name``: see `reduce`.
 
     Args:
         predictions: The model, student or policy: `Logits` or a bare array, `LogProbs`, `Probs`,
