@@ -203,6 +203,20 @@ def test_extremes_on_other_shards_than_the_mass(rng):
     assert got[3] == 0
 
 
+def test_a_term_that_captures_in_blocks(rng):
+    """Its trace for a block varies over the same axes as the block does."""
+    x, y = (jnp.asarray(rng.normal(size=(N, V)), jnp.float32) for _ in range(2))
+
+    def loss(x, y, class_axis_name=None):
+        scale = jnp.float32(3.0)
+        mine = kljax.divergence(lambda s, t: scale * kljax.term_kl(t, s))
+        options = {"implementation": kljax.Chunked(rows=4), "class_axis_name": class_axis_name}
+        return jnp.sum(mine(x, y, **options))
+
+    run = [jax.jit(jax.value_and_grad(f)) for f in (on_a_mesh(loss, meshes(two=False), 2), loss)]
+    alike(*(f(x, y) for f in run))
+
+
 def test_what_is_not_served_says_so():
     """Never a silent gather, or a softmax of each shard by itself."""
     x = jnp.zeros((N, V))

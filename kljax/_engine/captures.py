@@ -67,7 +67,7 @@ def hoist(loss: Loss, layout: Layout, path: Path) -> Loss:
     shapes = (shape for cut in path.cuts for shape in block_shapes(cut, full, layout.batch_axes))
     for shape in {full, *shapes}:
         cut = lambda x, shape=shape: (  # noqa: E731  (the whole as it is, for its sharding)
-            x if x.shape == shape else jax.ShapeDtypeStruct(shape, x.dtype)
+            x if x.shape == shape else _of_shape(shape, x)
         )
         traces[shape] = _trace(term, *jax.tree.map(cut, whole[:2]), whole[2])
 
@@ -84,6 +84,12 @@ def hoist(loss: Loss, layout: Layout, path: Path) -> Loss:
     params = (loss.params, traces[full][0].consts)
     formula = loss.formula._replace(term=traced, cached=False)
     return replace(loss, formula=formula, params=params)
+
+
+def _of_shape(shape: tuple[int, ...], like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Of another shape, varying over the same mesh axes."""
+    kept = {"sharding": like.sharding, "manual_axis_type": like.manual_axis_type}
+    return jax.ShapeDtypeStruct(shape, like.dtype, **kept)
 
 
 def _arguments(loss: Loss) -> tuple[Any, ...]:
