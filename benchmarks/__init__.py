@@ -6,6 +6,7 @@ peers.py     the contenders in JAX;  torch_peers.py  those in torch
 runner.py    compiles, calls in turn, times
 reference.py the gradient in NumPy float64
 budgets.py   the bounds that the library holds itself to
-tpu_bytes.py what the TPU compiler says, without a TPU
+accelerators.py what programs for TPU and NVIDIA move through memory, without either
+targets.py   the devices to compile for;  hlo.py  the counter of bytes
 report.py    JSON, Markdown and plots
 """

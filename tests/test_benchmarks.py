@@ -190,7 +190,7 @@ def test_budgets(monkeypatch):
     monkeypatch.setattr(overhead, "PARAMETERS", 3)
     monkeypatch.setattr(budgets, "_DTYPES", ("bfloat16",))
     monkeypatch.setattr(budgets, "DIVERGENCES", ("forward_kl", "reverse_kl"))
-    monkeypatch.setattr(budgets.tpu_bytes, "in_another_process", lambda: "no compiler")
+    monkeypatch.setattr(budgets.targets, "in_another_process", lambda *_: "no compiler")
     peer = peers.Contender("optax", peers.plain)
     found = list(budgets.all_budgets([peer], LIMITS))
     assert len(found) == 6 + 2 + 8 + 1 + 2 + 1 + 2 + 2
