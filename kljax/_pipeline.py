@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from kljax import _reading
 from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine import loss as losses
-from kljax._engine.loss import Formula, Loss
+from kljax._engine.formula import Formula, Loss
 from kljax._engine.paths import Implementation, Path
 from kljax._engine.side import block_of, compute_dtype
 from kljax._engine.terms import weigh

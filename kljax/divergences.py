@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 
 from kljax import _pipeline
 from kljax._engine import captures, checks, value_checks
-from kljax._engine.loss import Formula, Term
+from kljax._engine.formula import Formula, Term
 from kljax._engine.paths import Implementation
 from kljax._engine.terms import (
     log_mixture,
@@ -235,13 +235,13 @@ def _of_kl(
     formula: Callable[..., Array],
     *,
     name: str | None = None,
-    slope_sums: tuple[float | None, ...] = (),
+    directions: tuple[bool, bool] | None = None,
     needs_mass: bool = False,
 ) -> Formula:
     """From a formula on KL terms: formula(kl, s, t, log s - log t, …).
 
     The textbook term serves sides taken at their word, the non-negative one sides that the
-    library normalised; ``slope_sums`` are the latter's.
+    library normalised; ``directions`` tell what the latter sums to.
     """
 
     def of(kl: KLTerm) -> Term:
@@ -256,7 +256,7 @@ def _of_kl(
         _SIDES,
         of(term_kl),
         of(term_generalized_kl),
-        slope_sums,
+        directions,
         needs_mass,
     )
 
@@ -264,11 +264,11 @@ def _of_kl(
 def _divergence_of_kl(
     formula: Callable[..., Array],
     *,
-    slope_sums: tuple[float | None, ...] = (),
+    directions: tuple[bool, bool] | None = None,
     needs_mass: bool = False,
 ) -> PlainDivergenceFn:
     """Make a divergence from a formula on KL terms that has no parameters of its own."""
-    made = _of_kl(formula, slope_sums=slope_sums, needs_mass=needs_mass)
+    made = _of_kl(formula, directions=directions, needs_mass=needs_mass)
 
     def compute(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
         return _pipeline.evaluate(made, (predictions, targets), {}, **options)
@@ -284,8 +284,7 @@ def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -
     return wrapper
 
 
-# The slopes of D(p||q) sum to nothing over q, for they are q - p, and to D over p.
-@partial(_divergence_of_kl, slope_sums=(0, 1))
+@partial(_divergence_of_kl, directions=(False, True))
 def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Forward KL, D(targets‖predictions): the distillation loss; mass-covering.
 
@@ -344,7 +343,7 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(t, s, ratio)
 
 
-@partial(_divergence_of_kl, slope_sums=(1, 0), needs_mass=True)
+@partial(_divergence_of_kl, directions=(True, False), needs_mass=True)
 def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Reverse KL, D(predictions‖targets): mode-seeking; RL, on-policy distillation.
 
@@ -367,7 +366,7 @@ def reverse_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     return kl(s, t, -ratio)
 
 
-@partial(_divergence_of_kl, needs_mass=True)
+@partial(_divergence_of_kl, directions=(True, True), needs_mass=True)
 def jeffreys(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
     r"""Jeffreys divergence, forward plus reverse KL; symmetric.
 
@@ -620,7 +619,7 @@ def kl_terms(
 
 
 def _bind_cross_entropy(label_smoothing: ArrayLike) -> Bound:
-    return Bound(_CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
+    return Bound(CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
 
 
 @_binds(_bind_cross_entropy)
@@ -707,15 +706,18 @@ _KL = Formula(
     ("p", "q"),
     lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
     lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
-    slope_sums=(1, 0),
+    directions=(True, False),
     needs_mass=True,
 )
-_KL_TERMS = _KL._replace(name="kl_terms", normalized=None, slope_sums=())
-_CROSS_ENTROPY = Formula(
+_KL_TERMS = _KL._replace(name="kl_terms", normalized=None, directions=None)
+CROSS_ENTROPY = Formula(
     "cross_entropy",
     _SIDES,
     lambda log, *_: term_cross_entropy(log[1], log[0]),
-    linear=1,
+    cross_entropy=True,
 )
-LABELS = _CROSS_ENTROPY._replace(arguments=("predictions", "labels"), linear=None)
+LABELS = CROSS_ENTROPY._replace(
+    arguments=("predictions", "labels"),
+    term=lambda log, *_: jnp.where(jnp.isneginf(log[1]), 0, -log[0]),
+)
 ENTROPY = Formula("entropy", ("p",), lambda log, *_: term_entropy(log[0]))

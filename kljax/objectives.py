@@ -14,14 +14,15 @@ from kljax import _pipeline, _reading
 from kljax import reduction as reductions
 from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine.classes import Classes
-from kljax._engine.loss import Formula, Loss
+from kljax._engine.formula import Formula, Loss
 from kljax._engine.paths import Implementation, Path
-from kljax._engine.side import Classed, compute_dtype, held, in_axes
+from kljax._engine.side import Classed, Rows, compute_dtype, held, in_axes, wide
+from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.distributions import Distribution, LogProbs, Probs, TopK
 from kljax.distributions.labels import Labels
-from kljax.divergences import ENTROPY, LABELS, bound, forward_kl, plainly, smoothing
+from kljax.divergences import CROSS_ENTROPY, ENTROPY, LABELS, bound, forward_kl, plainly, smoothing
 from kljax.reduction import AxisName, Reduction, Weighting
 
 
@@ -292,28 +293,62 @@ def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
 
 def _each_example(of: _Examples) -> tuple[Array, _Seen]:
     """The loss of each example of a block, and what to log: both from the same logits."""
+    at_temperature, at_one, best = _rows(of)
     student, teacher, *labels = of.sides
+    student = wide(student)  # the gradients of both terms are added before they are rounded
     soft = Loss(of.formula, (student, teacher), of.classes, of.temperature, of.params)
+    soft = replace(soft, rows=_given(at_temperature))
     loss = none = jnp.zeros_like(of.soft_factor)
     if of.has_soft:
         loss = loss + _pipeline.example_values(replace(soft, factor=of.soft_factor))
     seen_soft = seen_plain = _seen(soft)
     if of.temperature is not None:
-        plain = replace(soft, formula=of.plain, params=of.plain_params)
+        plain = replace(soft, formula=of.plain, params=of.plain_params, rows=_given(at_one))
         seen_plain = _at_one(plain)
     seen_hard = none
     if labels:
-        formula = LABELS._replace(linear=None if isinstance(labels[0], Labels) else 1)
+        formula = LABELS if isinstance(labels[0], Labels) else CROSS_ENTROPY
         hard = Loss(formula, (student, *labels), of.classes, None, of.smoothing, of.hard_factor)
+        hard = replace(hard, rows=_given((at_one[0], None)))
         if of.hard_factor is not None:
             loss = loss + _pipeline.example_values(hard)
         seen_hard = _seen(hard)
-    student, teacher = (lax.stop_gradient(side).best(of.classes) for side in of.sides[:2])
-    same = jnp.broadcast_to(student == teacher, loss.shape).astype(loss.dtype)
-    entropy = _at_one(replace(soft, formula=ENTROPY, sides=of.sides[1:2], params=()))
+    same = jnp.broadcast_to(best[0] == best[1], loss.shape).astype(loss.dtype)
+    teacher_alone = replace(soft, formula=ENTROPY, sides=of.sides[1:2], params=())
+    entropy = _at_one(replace(teacher_alone, rows=_given(at_one[1:])))
     return loss, _Seen(
         seen_soft, seen_plain, seen_hard, same, jnp.broadcast_to(entropy, loss.shape)
     )
+
+
+_States = tuple[RowState | None, ...]
+
+
+def _rows(of: _Examples) -> tuple[_States, _States, tuple[Array, ...]]:
+    """Of student and teacher: states at the temperature and at 1, and the best class.
+
+    All of a side from one pass over it, where memory is the limit.
+    """
+    inverse = None if of.temperature is None else 1 / lax.stop_gradient(of.temperature)
+    dtype = compute_dtype(of.sides)
+    at_temperature, at_one, best = [], [], []
+    for side in lax.stop_gradient(of.sides[:2]):
+        asked = [] if inverse is None else [inverse]
+        asked += [None] if side.normalizes(None) else []
+        logs = side.logs(of.classes, dtype)
+        if logs is None or not asked:
+            found, number = (), side.best(of.classes)
+        else:
+            found, number = of.classes.states_and_best(logs, asked, dtype)
+        at_temperature.append(found[0] if found else None)
+        at_one.append(found[-1] if found and side.normalizes(None) else None)
+        best.append(number)
+    return tuple(at_temperature), tuple(at_one), tuple(best)
+
+
+def _given(states: _States) -> Rows | None:
+    """As a loss takes them; nothing where one side's are not known."""
+    return Rows(states) if any(states) else None
 
 
 def _seen(loss: Loss) -> Array:

@@ -3,6 +3,8 @@
 `pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -14,10 +16,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_addoption(parser):
     parser.addoption("--rest", action="store_true", help="run the slow tests, and only those")
+    parser.addoption(
+        "--as-on", choices=["tpu", "cuda"], help="take each platform's choice as there, and run it"
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow(but=()): one of the rest; but for cases so named")
+    if platform := config.getoption("--as-on"):
+        jax.lax.platform_dependent = partial(chosen, platform)
+
+
+def chosen(platform, *operands, default=None, **branches):
+    """What `lax.platform_dependent` would choose on a platform that is not here."""
+    return branches.get(platform, default)(*operands)
 
 
 def pytest_collection_modifyitems(config, items):

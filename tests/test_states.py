@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import chosen
 from helpers import assert_close
 from jax import lax
 
@@ -27,12 +28,11 @@ ROWS = np.array(
 )
 
 
-@pytest.fixture
-def on_accelerator(monkeypatch):
+@pytest.fixture(params=["tpu", "cuda"])
+def on_accelerator(monkeypatch, request):
     """Take every platform's choice as for a TPU or GPU, and run it here."""
     jax.clear_caches()
-    choose = lambda *operands, default, **_: default(*operands)  # noqa: E731
-    monkeypatch.setattr(lax, "platform_dependent", choose)
+    monkeypatch.setattr(lax, "platform_dependent", partial(chosen, request.param))
     yield
     jax.clear_caches()
 
@@ -80,7 +80,9 @@ def test_states_in_one_pass(temperature):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl"])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "reverse_kl", "jeffreys", "jensen_shannon", "skew_forward_kl"]
+)
 @pytest.mark.parametrize("temperature", [None, 2.0])
 @pytest.mark.usefixtures("on_accelerator")
 def test_the_accelerators_choices_give_the_same(rng, name, temperature):

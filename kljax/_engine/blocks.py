@@ -240,6 +240,20 @@ def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
     return tuple(sorted(frozenset().union(*names)))
 
 
+def aligned(leaves: Sequence[Array], but: tuple[str, ...] = ()) -> list[Array]:
+    """The leaves, all varying over the same mesh axes inside `shard_map`.
+
+    What is shared there gets its gradient summed over the mesh by JAX, not by the rules here; but
+    over the axes that the classes are spread over, a block sums it.
+    """
+    names = tuple(name for name in varying(leaves) if name not in but)
+    lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
+    return [
+        lax.pcast(x, missing, to="varying") if missing else x
+        for x, missing in zip(leaves, lacking, strict=True)
+    ]
+
+
 def widened(x: Array) -> Array:
     """In float32 at least: what is to be added up over blocks."""
     return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import linear
-from kljax._engine.blocks import Blocks, rescale, sweep, times, varying, whole, widened
+from kljax._engine.blocks import Blocks, aligned, rescale, sweep, times, varying, whole, widened
 from kljax._engine.classes import Axes
 from kljax._engine.paths import Path
 from kljax._engine.side import Classed
@@ -71,7 +71,7 @@ def _run(
     each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]
 ) -> tuple[Run, Leaves]:
     leaves, treedef = jax.tree.flatten(tree)
-    return Run(each, path, treedef, axes), _aligned(leaves, path.names)
+    return Run(each, path, treedef, axes), aligned(leaves, path.names)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -344,17 +344,3 @@ def _moving(dots: list[Any]) -> tuple[int, ...]:
         for i, dot in enumerate(dots)
         if not isinstance(dot, SymbolicZero) and dot.dtype != jax.dtypes.float0
     )
-
-
-def _aligned(leaves: Leaves, but: tuple[str, ...]) -> Leaves:
-    """The leaves, all varying over the same mesh axes inside `shard_map`.
-
-    What is shared there gets its gradient summed over the mesh by JAX, not by the rules here; but
-    over the axes that the classes are spread over, a block sums it.
-    """
-    names = tuple(name for name in varying(leaves) if name not in but)
-    lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
-    return [
-        lax.pcast(x, missing, to="varying") if missing else x
-        for x, missing in zip(leaves, lacking, strict=True)
-    ]

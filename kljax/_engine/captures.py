@@ -12,7 +12,7 @@ from jax import Array
 from kljax._engine.blocks import block_shapes
 from kljax._engine.blockwise import with_logits
 from kljax._engine.classes import Layout
-from kljax._engine.loss import Loss
+from kljax._engine.formula import Loss
 from kljax._engine.paths import Path
 
 _JITTED = type(jax.jit(lambda: None))

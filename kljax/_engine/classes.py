@@ -5,6 +5,7 @@ axes; then what is summed here is summed over the axes too.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kljax._engine import states
+from kljax._engine import meshes, states
 from kljax._engine.states import RowState
 
 Shape = tuple[int, ...]
@@ -70,17 +71,67 @@ class Classes:
         total = jnp.sum(x, axis=self.axis, keepdims=keepdims)
         return lax.psum(total, self.names) if self.names else total
 
+    def sums(self, *xs: Array) -> list[Array]:
+        """Of several arrays at once, from one pass over what they are made of."""
+        if len(xs) == 1:
+            return [self.sum(xs[0])]
+
+        def apart(*xs: Array) -> list[Array]:
+            return [jnp.sum(x, axis=self.axis) for x in xs]
+
+        def together(*xs: Array) -> list[Array]:
+            # NVIDIA's compiler would store what separate sums share.
+            add = lambda a, b: tuple(map(jnp.add, a, b))  # noqa: E731
+            zero = tuple(jnp.zeros((), x.dtype) for x in xs)
+            return list(lax.reduce(xs, zero, add, self.axis))
+
+        found = lax.platform_dependent(*xs, cpu=apart, tpu=apart, default=together)
+        return list(lax.psum(jnp.stack(found), self.names)) if self.names else found
+
     def any(self, x: Array, *, keepdims: bool = False) -> Array:
         found = jnp.any(x, axis=self.axis, keepdims=keepdims)
         return lax.pmax(found.astype(jnp.int32), self.names) > 0 if self.names else found
 
+    def count(self, like: jax.ShapeDtypeStruct) -> int:
+        """How many classes there are, whether `where` lets them be or not."""
+        return math.prod(like.shape[axis] for axis in self.axis) * lax.axis_size(self.names)
+
     def numbers(self, like: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> Array:
-        """The number of each class along its axis."""
-        (axis,) = self.axis
-        numbers = lax.broadcasted_iota(dtype, like.shape, axis, out_sharding=like.sharding)
+        """The number of each class, across shards too; of several axes the last runs fastest."""
+        numbers, count = None, 1
+        for axis in reversed(self.axis):
+            along = lax.broadcasted_iota(dtype, like.shape, axis, out_sharding=like.sharding)
+            numbers = along if numbers is None else numbers + along * count
+            count *= like.shape[axis]
         if self.names:
-            numbers += lax.axis_index(self.names).astype(dtype) * like.shape[axis]
+            numbers += lax.axis_index(self.names).astype(dtype) * count
         return numbers
+
+    def states_and_best(
+        self, x: Array, inverse_temperatures: Sequence[Array | None], dtype: jnp.dtype
+    ) -> tuple[tuple[RowState, ...], Array]:
+        """The states of each row at several temperatures, and the number of its best class.
+
+        In one pass where memory is the limit. It has no derivative.
+        """
+
+        def one_by_one(x: Array, *inverses: Array | None) -> tuple[tuple[RowState, ...], Array]:
+            found = (states.row_state(x, by, self.axis, dtype) for by in inverses)
+            return tuple(found), self.best(x)
+
+        def together(x: Array, *inverses: Array | None) -> tuple[tuple[RowState, ...], Array]:
+            like = jax.ShapeDtypeStruct(x.shape, dtype, sharding=meshes.of_first([x]))
+            numbers = self.numbers(like, jnp.dtype("int32"))
+            found, best = states.in_one_pass(x.astype(dtype), inverses, self.axis, numbers)
+            return tuple(found), self._best_of_all(jnp.squeeze(found[0].peak, self.axis), best)
+
+        found, best = lax.platform_dependent(
+            x, *inverse_temperatures, cpu=one_by_one, default=together
+        )
+        if self.names:
+            by = zip(found, inverse_temperatures, strict=True)
+            found = tuple(states.over_names(state, inverse, self.names) for state, inverse in by)
+        return found, best
 
     def state(self, x: Array, inverse_temperature: Array | None, dtype: jnp.dtype) -> RowState:
         """Peak and mass of each row."""
@@ -95,7 +146,12 @@ class Classes:
         number = jnp.argmax(flat, axis=-1).astype(jnp.int32)
         if not self.names:
             return number
-        score = jnp.max(flat, axis=-1)
         number += lax.axis_index(self.names).astype(jnp.int32) * flat.shape[-1]
+        return self._best_of_all(jnp.max(flat, axis=-1), number)
+
+    def _best_of_all(self, score: Array, number: Array) -> Array:
+        """Of the best class of each shard; the first of several."""
+        if not self.names:
+            return number
         held = score == lax.pmax(score, self.names)
         return lax.pmin(jnp.where(held, number, jnp.iinfo(jnp.int32).max), self.names)

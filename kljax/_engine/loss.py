@@ -1,11 +1,11 @@
-"""A loss of a block: its values, with a derivative rule made of exact coefficients.
+"""The values of a loss, with a derivative rule made of exact coefficients.
 
 The rule returns the value together with the coefficient of every tangent that is really there.
 One such rule serves reverse mode, forward mode and, differentiated again, all higher orders.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -14,75 +14,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine import checks
-from kljax._engine.classes import Axes, Classes, Layout
-from kljax._engine.side import ABSENT, Classed, View, in_axes, view
-from kljax._engine.terms import nan_unless, weigh
-
-# (log-probabilities of each side, log pred - log target, params) -> contributions per class
-Term = Callable[[tuple[Array, ...], Array, Any], Array]
-
-
-class Formula(NamedTuple):
-    """A divergence: its name and arguments, for messages, and its terms."""
-
-    name: str
-    arguments: tuple[str, ...]
-    term: Term
-    normalized: Term | None = None  # serves where the library normalised every side
-    # What the derivatives of `normalized` to each side's log-probabilities sum to, in units of the
-    # value; None where that is not known beforehand, as for all sides by default.
-    slope_sums: tuple[float | None, ...] = ()
-    needs_mass: bool = False  # infinite where targets are 0
-    linear: int | None = None  # the side p of a term p · g(log q)
-    cached: bool = True  # not if a term captures what may be another at the next call
-
-    def on(self, sides: tuple[Classed, ...], temperature: Array | None) -> "Formula":
-        """With the term that serves these sides as its only one."""
-        if self.normalized and all(side.normalizes(temperature) for side in sides):
-            return self._replace(term=self.normalized, normalized=None)
-        return self._replace(normalized=None, slope_sums=())
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["sides", "classes", "temperature", "params", "factor"],
-    meta_fields=["formula"],
-)
-@dataclass(frozen=True)
-class Loss:
-    """A formula and all that it is computed from; arrays broadcast against the whole input."""
-
-    formula: Formula  # on its sides
-    sides: tuple[Classed, ...]
-    classes: Classes
-    temperature: Array | None
-    params: Any = ()  # the term's own
-    factor: Array | None = None  # one per example; 0 removes the example
-
-    def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
-        """Where each leaf, in order, has its batch axes; None: it has none."""
-        axes = in_axes(layout, self.sides, self.classes, self.temperature)
-        axes += tuple(None for _ in jax.tree.leaves(self.params))
-        return axes if self.factor is None else (*axes, layout.per_example)
-
-    def on_few_classes(self) -> "Loss":
-        """The same question on those classes that its last side knows of."""
-        *others, last = self.sides
-        found = last.few(tuple(others), self.classes, self.temperature, self.factor)
-        if found is None:
-            return self
-        sides, classes = found
-        formula = self.formula._replace(slope_sums=(), linear=None)
-        return replace(self, formula=formula, sides=sides, classes=classes, temperature=None)
-
-    def view(self, states: tuple[Any, ...] | None = None) -> View:
-        return view(self.sides, self.classes, self.temperature, states)
-
-    def term(self, seen: View, params: Any) -> Array:
-        contributions = self.formula.term(seen.log_probs, seen.log_ratio, params)
-        checks.require_contributions("divergence", contributions, seen.log_ratio.shape)
-        return contributions.astype(seen.log_ratio.dtype)
+from kljax._engine import linear
+from kljax._engine.blocks import aligned, varying
+from kljax._engine.classes import Classes
+from kljax._engine.formula import Formula, Loss
+from kljax._engine.rows import rows, rows_dot, together
+from kljax._engine.side import ABSENT, Rows, View
+from kljax._engine.terms import nan_unless, term_generalized_kl, weigh
 
 
 def _traced_once(function: Callable[..., Array], **static: Any) -> Callable[..., Array]:
@@ -110,8 +48,23 @@ def _values(loss: Loss) -> Array:
 
 @_traced_once
 def _total(loss: Loss) -> Array:
-    seen = loss.view()
-    total = loss.classes.sum(loss.classes.present(loss.term(seen, loss.params)))
+    if loss.formula.directions is None or loss.rows:
+        return _summed(loss, loss.rows)
+    # Where memory is the limit the two states tell the divergence: one pass, not two.
+    return lax.platform_dependent(loss, cpu=lambda loss: _summed(loss, None), default=_in_one_pass)
+
+
+def _in_one_pass(loss: Loss) -> Array:
+    return sum(x for x in together(loss).divergences if x is not None)
+
+
+def _summed(loss: Loss, known: Rows | None) -> Array:
+    """The term's sum over the classes."""
+    seen = loss.view(known)
+    return _if_classes_exist(seen, loss.classes.sum(loss.contributions(seen)))
+
+
+def _if_classes_exist(seen: View, total: Array) -> Array:
     for side in seen.sides:
         if side.exists is not None:  # not as NaN log-probabilities: XLA:CPU folds exp(NaN)
             total = nan_unless(side.exists, total)
@@ -121,30 +74,34 @@ def _total(loss: Loss) -> Array:
 @partial(_values.defjvp, symbolic_zeros=True)
 def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Array]:
     (loss,), (dots,) = primals, tangents
-    seen, classes = loss.view(), loss.classes
-    values = _values(replace(loss, factor=None))
+    classes, to_temperature = loss.classes, _moves(dots.temperature)
+    moving = [any(map(_moves, jax.tree.leaves(dot))) for dot in dots.sides]
+    asked = tuple(
+        i
+        for i, side in enumerate(loss.sides)
+        if moving[i] or (to_temperature and side.normalizes(loss.temperature))
+    )
+    known = _known(replace(loss, factor=None), asked)
+    seen, values = loss.view(_after(known, loss, asked)), known.values
     counted = classes.only(_counted(loss, values))
     values_dot = _along_params(loss, seen, dots.params, counted, jnp.zeros_like(values))
-    to_temperature = _moves(dots.temperature)
-    for i, side in enumerate(seen.sides):
-        (x_dot,) = jax.tree.leaves(dots.sides[i])
-        softmax, there = side.softmax, counted
-        if not (_moves(x_dot) or (to_temperature and softmax)):
-            continue
-        if _slope_sum(loss, i) == 0:  # whether the slopes are numbers does not wait for the values
+    for i in asked:
+        side, there = seen.sides[i], counted
+        if loss.sums_to_a_number(i):  # nor does whether the slopes are numbers wait for the values
             there = classes.only(_counted(loss, _log_masses(loss, seen)))
-        slope = _centred(loss, seen, values, i, there)
-        if softmax and loss.temperature is not None:
+        slope = there.present(_centred(loss, seen, known, i))
+        if side.softmax and loss.temperature is not None:
             slope = slope / loss.temperature
             if to_temperature:
-                along = _masked_product(slope, softmax.scores) * dots.temperature
+                along = _masked_product(slope, side.softmax.scores) * dots.temperature
                 values_dot -= classes.sum(along)
-        if _moves(x_dot):
+        if moving[i]:
+            (x_dot,) = jax.tree.leaves(dots.sides[i])
             held = loss.sides[i]
             slope = held.slope(slope)
-            if loss.formula.linear == i and side.probs is not None:
+            if i == 1 and loss.formula.cross_entropy and side.probs is not None:
                 slope = there.present(_linear_slope(loss, seen, i, slope))
-            values_dot += classes.sum(held.along(slope, there.present(x_dot)))
+            values_dot += classes.sum(held.along(slope, _cleared(there, x_dot)))
 
     if loss.factor is None:
         return values, values_dot
@@ -157,10 +114,156 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
     return weigh(factor, values), values_dot
 
 
+class _Known(NamedTuple):
+    """What is known of the rows before the pass over the classes that makes their derivatives."""
+
+    rows: Rows
+    values: Array
+    totals: tuple[Array | None, ...]  # what the slopes to each side sum to, if it is asked for
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _known(loss: Loss, asked: tuple[int, ...]) -> _Known:
+    directions = loss.formula.directions
+    if directions is None or loss.rows:
+        return _one_by_one(loss, asked, refined=False)
+    # Slopes that sum to 0 do not wait for the values, which then come with them. A TPU fuses that
+    # pass; NVIDIA's compiler would store what the two share.
+    apart = partial(_one_by_one, asked=asked, refined=False)
+    at_once = partial(_known_at_once, asked=asked)
+    return lax.platform_dependent(
+        loss,
+        cpu=partial(_one_by_one, asked=asked, refined=not loss.classes.names),
+        tpu=at_once if any(directions[i] for i in asked) else apart,
+        default=at_once,
+    )
+
+
+def _known_at_once(loss: Loss, asked: tuple[int, ...]) -> _Known:
+    found = together(loss)
+    values = [x for x in found.divergences if x is not None]
+    zero = jnp.zeros_like(values[0])
+    totals = (x if x is not None else zero for x in found.divergences)
+    return _Known(
+        found.rows, sum(values), tuple(x if i in asked else None for i, x in enumerate(totals))
+    )
+
+
+def _one_by_one(loss: Loss, asked: tuple[int, ...], refined: bool) -> _Known:
+    """Each side's state, and then the sums.
+
+    Args:
+        loss: All of it.
+        asked: Of which sides.
+        refined: Whether to sum slopes though it is known what they should sum to. To take off
+            their sum as they were rounded removes the rounding of the masses, which shows where
+            both sides are close.
+    """
+    given = rows(loss)
+    seen, directions = loss.view(given), loss.formula.directions
+    one_way = directions and not (refined or all(directions))
+    to_sum = [i for i in asked if not (one_way or loss.is_to_labels(i))]
+    slopes = (loss.classes.present(_slope(loss, seen, i)) for i in to_sum)
+    values, *found = loss.classes.sums(loss.contributions(seen), *slopes)
+    values, totals = _if_classes_exist(seen, values), dict(zip(to_sum, found, strict=True))
+    for i in asked:
+        if loss.is_to_labels(i):
+            totals[i] = _if_classes_exist(seen, jnp.full_like(values, -1))
+        elif i not in totals:
+            totals[i] = values if directions[i] else jnp.zeros_like(values)
+    return _Known(given, values, tuple(totals.get(i) for i in range(len(loss.sides))))
+
+
+@_known.defjvp
+def _known_jvp(
+    asked: tuple[int, ...], primals: tuple[Loss], tangents: tuple[Any]
+) -> tuple[_Known, Any]:
+    (loss,), (dots,) = primals, tangents
+    known = _known(loss, asked)
+    along = lambda f: jax.jvp(f, (loss,), (dots,))[1]  # noqa: E731
+    totals = tuple(
+        None if total is None else along(partial(_total_of_slopes, i))
+        for i, total in enumerate(known.totals)
+    )
+    return known, _Known(rows_dot(known.rows, loss, dots), along(_values), totals)
+
+
+def _total_of_slopes(i: int, loss: Loss) -> Array:
+    """What they sum to but for rounding, to differentiate."""
+    if loss.formula.directions and loss.formula.directions[i]:
+        return _values(replace(loss, formula=_ONE_WAY[i], params=()))
+    slope = _slope(loss, loss.view(rows(loss)), i)
+    if loss.sums_to_a_number(i):
+        slope = jnp.zeros_like(slope)
+    return loss.classes.sum(loss.classes.present(slope))
+
+
+_ONE_WAY = (
+    Formula(
+        "kl",
+        ("p", "q"),
+        lambda log, ratio, _: term_generalized_kl(log[0], log[1], -ratio),
+        directions=(True, False),
+    ),
+    Formula(
+        "kl",
+        ("q", "p"),
+        lambda log, ratio, _: term_generalized_kl(log[1], log[0], ratio),
+        directions=(False, True),
+    ),
+)
+
+
+def _slope_after(total: Array, slope: Array, loss: Loss, seen: View, i: int) -> Array:
+    """The slopes once more, for the pass that needs their total.
+
+    Accelerators read the inputs again: their compiler would rather store the slopes in between.
+    """
+
+    def again(total: Array, _: Array, loss: Loss, rows: Rows) -> Array:
+        sides, _ = lax.optimization_barrier((loss.sides, total))
+        loss = replace(loss, sides=sides)
+        return _slope(loss, loss.view(rows), i)
+
+    rows = Rows(tuple(side.softmax and side.softmax.state for side in seen.sides))
+    return lax.platform_dependent(
+        total, slope, loss, rows, cpu=lambda _, slope, *rest: slope, default=again
+    )
+
+
+def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
+    """The rows' states, for derivatives in a pass of their own.
+
+    Else compilers for accelerators store in float32 what it shares with the pass before.
+    """
+    if loss.rows is None and all(map(loss.is_to_labels, asked)):
+        return known.rows
+    later = lambda known: lax.optimization_barrier(known).rows  # noqa: E731
+    at_once = lambda known: known.rows  # noqa: E731
+    waits = not all(map(loss.sums_to_a_number, asked))
+    return lax.platform_dependent(
+        known, cpu=at_once, tpu=later if waits else at_once, default=later
+    )
+
+
+def _centred(loss: Loss, seen: View, known: _Known, i: int) -> Array:
+    """The derivative to the logarithms given: the slopes, less the softmax's share of their sum."""
+    side, slope = seen.sides[i], _slope(loss, seen, i)
+    total = jnp.expand_dims(known.totals[i], loss.classes.axis)
+    if not loss.sums_to_a_number(i):
+        # An infinite divergence has no derivative to the side with mass where the other has none:
+        # NaN for the whole row, whose finite entries would be the gradient of nothing.
+        invalid = jnp.expand_dims(jnp.isnan(known.values), loss.classes.axis)
+        total = nan_unless(~(invalid | ~jnp.isfinite(total)), total)
+    if side.softmax:
+        return slope - jnp.exp(side.log_probs) * total
+    return slope + jnp.where(jnp.isnan(total), total, 0)
+
+
 @jax.custom_jvp
 def elements(loss: Loss) -> Array:
     """The term at each class, not summed; classes that do not exist give 0."""
-    return loss.classes.present(loss.term(loss.view(), loss.params))
+    return loss.contributions(loss.view())
 
 
 @partial(elements.defjvp, symbolic_zeros=True)
@@ -201,66 +304,6 @@ def _slope(loss: Loss, seen: View, i: int) -> Array:
     return jax.jvp(along, (seen.log_probs[i], seen.log_ratio), (ones, sign * ones))[1]
 
 
-def _slope_sum(loss: Loss, i: int) -> float | None:
-    return loss.formula.slope_sums[i] if loss.formula.slope_sums else None
-
-
-def _centred(loss: Loss, seen: View, values: Array, i: int, there: Classes) -> Array:
-    """The derivative to the logarithms given: the slopes, less the softmax's share of their sum."""
-    axis, known, side = loss.classes.axis, _slope_sum(loss, i), seen.sides[i]
-    slope = there.present(_slope(loss, seen, i))
-    if known is None:
-        total = loss.classes.sum(slope, keepdims=True)
-        slope = there.present(_slope_after(total, slope, loss, seen, i))
-    else:
-        total = jnp.zeros_like(values) if known == 0 else known * values
-        total = _refined(jnp.expand_dims(total, axis), slope, loss.classes)
-    if known != 0:
-        # An infinite divergence has no derivative to the side with mass where the other has none:
-        # NaN for the whole row, whose finite entries would be the gradient of nothing.
-        invalid = jnp.expand_dims(jnp.isnan(values), axis) | ~jnp.isfinite(total)
-        total = nan_unless(~invalid, total)
-    if side.softmax:
-        slope = slope - jnp.exp(side.log_probs) * total
-    else:
-        slope = slope + jnp.where(jnp.isnan(total), total, 0)
-    return there.present(slope)
-
-
-def _slope_after(total: Array, slope: Array, loss: Loss, seen: View, i: int) -> Array:
-    """The slopes once more, for the pass that needs their total.
-
-    Accelerators read the inputs again: their compiler would rather store the slopes in between.
-    """
-
-    def again(total: Array, _: Array, loss: Loss, states: tuple[Any, ...]) -> Array:
-        sides, _ = lax.optimization_barrier((loss.sides, total))
-        loss = replace(loss, sides=sides)
-        return _slope(loss, loss.view(states), i)
-
-    states = tuple(side.softmax and side.softmax.state for side in seen.sides)
-    return lax.platform_dependent(
-        total, slope, loss, states, cpu=lambda _, slope, *rest: slope, default=again
-    )
-
-
-def _refined(total: Array, slope: Array, classes: Classes) -> Array:
-    """The sum of the slopes as they were rounded, where one more pass over them costs little.
-
-    To take it off removes the rounding of the masses, which shows where both sides are close; on
-    accelerators it stays, as it does in the plain formula. As the sum is known but for rounding,
-    the difference is a constant to derivatives.
-    """
-    if classes.names:  # one more sum over a mesh does not cost little
-        return total
-    rounding = lax.platform_dependent(
-        *lax.stop_gradient((total, slope)),
-        cpu=lambda total, slope: classes.sum(slope, keepdims=True) - total,
-        default=lambda total, slope: jnp.zeros_like(total),
-    )
-    return total + rounding
-
-
 def _linear_slope(loss: Loss, seen: View, i: int, slope: Array) -> Array:
     """The derivative of p · g(log q) to p itself: where p = 0 too it is g, but for q = 0."""
     certain = (*seen.log_probs[:i], jnp.zeros_like(seen.log_ratio), *seen.log_probs[i + 1 :])
@@ -299,15 +342,32 @@ def _counted(loss: Loss, rows: Array) -> Array | None:
 
 
 def _log_masses(loss: Loss, seen: View) -> Array:
-    """One number per example, finite where every softmax is one."""
+    """One number per example, finite where every softmax is one and every label names a class."""
     masses = (side.softmax.state.mass for side in seen.sides if side.softmax)
-    return jnp.squeeze(sum(map(jnp.log, masses)), loss.classes.axis)
+    return _if_classes_exist(seen, jnp.squeeze(sum(map(jnp.log, masses)), loss.classes.axis))
 
 
 def _masked_product(slope: Array, scores: Array) -> Array:
     """slope · score, with 0 · inf = 0 at a class of probability zero."""
     masked = slope == 0
     return slope * jnp.where(masked, 0, scores)
+
+
+def _cleared(there: Classes, tangent: Array) -> Array:
+    """The tangent where something is there, whatever it is elsewhere.
+
+    In reverse mode it stays what it is, for the slope is 0 there; one more select of that size
+    costs a TPU another pass.
+    """
+    if there.where is None:
+        return tangent
+    shape = jnp.broadcast_shapes(there.where.shape, tangent.shape)
+    where, tangent = aligned([there.where, jnp.broadcast_to(tangent, shape)])
+    like = None if varying([tangent]) else tangent
+    return linear.call(_CLEAR, where, tangent, like)
+
+
+_CLEAR = linear.Map(lambda where, x: jnp.where(where, x, 0), lambda where, ct: ct)
 
 
 def _moves(tangent: Any) -> bool:

@@ -66,6 +66,7 @@ class Classed(Distribution, ABC):
     # In a block, arrays over the classes are made of what it holds; `kl_terms` has no blocks.
     makes_classes = False
     has_kernel = False  # it is passed over once a block, and so is its gradient
+    is_one_class = False  # all its mass is on one class
 
     @property
     def array(self) -> Array | None:
@@ -135,6 +136,10 @@ class Classed(Distribution, ABC):
         """All sides on the few classes that it knows of, if it does not know all."""
         return None
 
+    def logs(self, classes: Classes, dtype: jnp.dtype) -> Array | None:
+        """What a softmax is taken of, in its own dtype or this; None where `view` alone tells."""
+        return None
+
     @abstractmethod
     def view(
         self,
@@ -184,6 +189,13 @@ class View(NamedTuple):
     log_ratio: Array
 
 
+class Rows(NamedTuple):
+    """The states of the rows, where they are known; None is a side that is not normalised."""
+
+    states: tuple[RowState | None, ...]
+    log_masses: Array | None = None  # of two: log a - log b, if it is known better than from these
+
+
 # What a term is shown at a class that does not exist; its answer there is dropped.
 ABSENT = math.log(0.5)
 
@@ -199,6 +211,13 @@ def compute_dtype(tree: Any) -> jnp.dtype:
     return jnp.dtype("float64" if wide else "float32")
 
 
+def wide(side: Classed) -> Classed:
+    """One array over the classes in the dtype of computation; any other side as it is."""
+    if side.array is None:
+        return side
+    return jax.tree.map(lambda x: x.astype(compute_dtype(x)), side)
+
+
 def with_infinity(x: Array) -> Array:
     """In a dtype that has an infinity, as some 8-bit floats have not."""
     return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
@@ -209,16 +228,16 @@ def view(
     sides: tuple[Classed, ...],
     classes: Classes,
     temperature: Array | None,
-    states: tuple[RowState | None, ...] | None = None,
+    rows: Rows | None = None,
 ) -> View:
-    """Read every side as log-probabilities, ready for a term; the row states may be known."""
+    """Read every side as log-probabilities, ready for a term; the rows' states may be known."""
     like = block_of(sides)
     seen = tuple(
         side.view(classes, temperature, like, state)
-        for side, state in zip(sides, states or [None] * len(sides), strict=True)
+        for side, state in zip(sides, rows.states if rows else [None] * len(sides), strict=True)
     )
     log_probs = [classes.present(side.log_probs, ABSENT) for side in seen]
-    ratio = classes.present(_log_ratio(seen, temperature))
+    ratio = classes.present(_log_ratio(seen, temperature, rows and rows.log_masses))
     *full, ratio = (jnp.broadcast_to(x, like.shape) for x in (*log_probs, ratio))
     return View(seen, tuple(full), ratio)
 
@@ -246,7 +265,9 @@ def normalized(
     return Side(logs, scores - jnp.log(mass), Softmax(scores, RowState(peak, mass)))
 
 
-def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
+def _log_ratio(
+    sides: tuple[Side, ...], temperature: Array | None, log_masses: Array | None
+) -> Array:
     """log pred - log target, not as a difference of two rounded log-probabilities."""
     if len(sides) == 1:
         return jnp.zeros_like(sides[0].log_probs)
@@ -267,7 +288,12 @@ def _log_ratio(sides: tuple[Side, ...], temperature: Array | None) -> Array:
     difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = states.scale(difference, 1 / temperature)
-    # From the smaller mass, so that to exchange the sides changes the sign and nothing else.
-    less = jnp.minimum(a_mass, b_mass)
-    masses = jnp.log1p((a_mass - less) / less) - jnp.log1p((b_mass - less) / less)
-    return jnp.where(both_zero, 0, difference - masses)
+    if log_masses is None:
+        log_masses = log_ratio_of_masses(a_mass, b_mass)
+    return jnp.where(both_zero, 0, difference - log_masses)
+
+
+def log_ratio_of_masses(a: Array, b: Array) -> Array:
+    """log a - log b; to exchange the two changes the sign and nothing else."""
+    less = jnp.minimum(a, b)
+    return jnp.log1p((a - less) / less) - jnp.log1p((b - less) / less)

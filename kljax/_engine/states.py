@@ -4,6 +4,7 @@ Two states of parts of a row merge into the state of both: one algebra for whole
 classes and shards. The empty state is its identity.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,6 +64,13 @@ def row_state(
     )
     if not names:
         return state
+    return over_names(state, inverse_temperature, names)
+
+
+def over_names(
+    state: RowState, inverse_temperature: Array | None, names: tuple[str, ...]
+) -> RowState:
+    """The state of all shards."""
     peak = lax.pmax(state.peak, names)
     return RowState(peak, lax.psum(_mass_below(peak, state, inverse_temperature), names))
 
@@ -110,17 +118,53 @@ def _in_two_passes(
 def _in_one_pass(
     x: Array, inverse: Array | None = None, *, axis: tuple[int, ...], dtype: jnp.dtype
 ) -> RowState:
-    x = x.astype(dtype)
-    start = empty((), dtype)
-    parts = (jnp.maximum(x, start.peak), jnp.where(jnp.isneginf(x), 0, jnp.ones_like(x)))
-    scales = ()
-    if inverse is not None:  # a reduction cannot capture it
-        scales = (jnp.broadcast_to(inverse, x.shape),)
+    return in_one_pass(x.astype(dtype), [inverse], axis)[0][0]
+
+
+def in_one_pass(
+    x: Array,
+    inverses: Sequence[Array | None],
+    axis: tuple[int, ...],
+    numbers: Array | None = None,
+) -> tuple[list[RowState], Array | None]:
+    """The states of whole rows at several temperatures, and the number of the first best class.
+
+    Args:
+        x: In the dtype of computation.
+        inverses: Of the temperatures; None is 1.
+        axis: Where the classes lie.
+        numbers: Those of the classes, if the best is asked for.
+    """
+    start = empty((), x.dtype)
+    mass = jnp.where(jnp.isneginf(x), 0, jnp.ones_like(x))
+    # A reduction cannot capture the temperatures.
+    scales = [jnp.broadcast_to(inverse, x.shape) for inverse in inverses if inverse is not None]
+    masses, number = [mass] * len(inverses), [] if numbers is None else [numbers]
+    layout = jax.tree.structure((0, masses, scales, number))
 
     def combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-        scales = tuple(map(jnp.maximum, a[2:], b[2:]))
-        return (*merge(RowState(*a[:2]), RowState(*b[:2]), *scales), *scales)
+        a_peak, a_masses, scales, a_number = layout.unflatten(a)
+        b_peak, b_masses, b_scales, b_number = layout.unflatten(b)
+        scales = [jnp.maximum(x, y) for x, y in zip(scales, b_scales, strict=True)]
+        given = iter(scales)
+        by = [None if inverse is None else next(given) for inverse in inverses]
+        parts = zip(a_masses, b_masses, by, strict=True)
+        merged = [merge(RowState(a_peak, x), RowState(b_peak, y), by) for x, y, by in parts]
+        number = [_first_best(a_peak, b_peak, *n) for n in zip(a_number, b_number, strict=True)]
+        out = merged[0].peak, [state.mass for state in merged], scales, number
+        return tuple(jax.tree.leaves(out))
 
-    none = tuple(jnp.zeros((), dtype) for _ in scales)
-    peak, mass, *_ = lax.reduce((*parts, *scales), (*start, *none), combine, axis)
-    return RowState(jnp.expand_dims(peak, axis), jnp.expand_dims(mass, axis))
+    last = [jnp.array(jnp.iinfo(n.dtype).max, n.dtype) for n in number]
+    zeros = jax.tree.map(lambda _: jnp.zeros((), x.dtype), (masses, scales))
+    each = jnp.maximum(x, start.peak), masses, scales, number
+    flat = (jax.tree.leaves(tree) for tree in (each, (start.peak, *zeros, last)))
+    out = [jnp.expand_dims(y, axis) for y in lax.reduce(*map(tuple, flat), combine, axis)]
+    peak, masses, _, number = layout.unflatten(out)
+    return [RowState(peak, mass) for mass in masses], jnp.squeeze(
+        number[0], axis
+    ) if number else None
+
+
+def _first_best(a: Array, b: Array, a_number: Array, b_number: Array) -> Array:
+    larger = jnp.where(a > b, a_number, b_number)
+    return jnp.where(a == b, jnp.minimum(a_number, b_number), larger)

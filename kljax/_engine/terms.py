@@ -31,7 +31,7 @@ def log_ratio_of_probs(a: Array, b: Array, log_ratio: Array) -> Array:
     excess = a - b
     near = (jnp.abs(excess) <= 0.5 * b) & (b > 0)
     z = jnp.where(near, excess, 0) / jnp.where(near, b, 1)
-    return jnp.where(near, z + _log1p_minus(z), log_ratio)
+    return jnp.where(near, z + log1p_minus(z), log_ratio)
 
 
 def nan_unless(valid: Array, value: Array) -> Array:
@@ -152,7 +152,7 @@ def _generalized(p: Array, q: Array, d: Array) -> Array:
     infinite = jnp.isinf(d)
     product = jnp.where(infinite, jnp.minimum(d, 0), p * jnp.where(infinite, 0, d))
     near = jnp.abs(d) < _SERIES_BOUND
-    return jnp.where(near, p * _expm1_minus(jnp.where(near, d, 0)), (q - p) - product)
+    return jnp.where(near, p * expm1_minus(jnp.where(near, d, 0)), (q - p) - product)
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -174,7 +174,7 @@ def _probability_difference(log_p: Array, log_q: Array, d: Array) -> Array:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     near = jnp.abs(d) < _SERIES_BOUND
     d = jnp.where(near, d, 0)
-    return jnp.where(near, p * (d + _expm1_minus(d)), q - p)
+    return jnp.where(near, p * (d + expm1_minus(d)), q - p)
 
 
 @_probability_difference.defjvp
@@ -185,13 +185,13 @@ def _probability_difference_jvp(primals, tangents):
     return _probability_difference(*primals), tangent
 
 
-def _expm1_minus(d: Array) -> Array:
-    """exp(d) - 1 - d for |d| < 1/2, by its Taylor series to the last bit of the dtype."""
-    last = 17 if d.dtype == jnp.float64 else 9
+def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
+    """exp(d) - 1 - d for |d| below 1/2 or 1/4, by its Taylor series to the dtype's last bits."""
+    last = {0.5: (9, 17), 0.25: (6, 13)}[bound][d.dtype == jnp.float64]
     total = jnp.full_like(d, 1 / math.factorial(last))
     for n in range(last - 1, 1, -1):
         total = total * d + 1 / math.factorial(n)
-    return total * d * d
+    return total * (d * d)
 
 
 def term_cross_entropy(log_p: Array, log_q: Array) -> Array:
@@ -292,10 +292,10 @@ def _near_mixture(light: Array, ratio: Array) -> Array:
     With x = log light / heavy and z = m / heavy - 1 it is l (x e^x - e^x + 1) less
     (1 + z) log(1 + z) - z, for a light weight of l: each of second order, the first the larger.
     """
-    excess = _expm1_minus(ratio)
+    excess = expm1_minus(ratio)
     z = light * (ratio + excess)
     to_light = ratio * ratio + (ratio - 1) * excess
-    return light * to_light - (z * z + (1 + z) * _log1p_minus(z))
+    return light * to_light - (z * z + (1 + z) * log1p_minus(z))
 
 
 def log_mixture(
@@ -380,9 +380,9 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
     exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
     close = jnp.abs(ratio) < _SERIES_BOUND
     small = jnp.where(close, ratio, 0)
-    z = light * jnp.where(close, small + _expm1_minus(small), exp_ratio - 1)
+    z = light * jnp.where(close, small + expm1_minus(small), exp_ratio - 1)
     log1p_z = jnp.where(
-        jnp.abs(z) < _LOG1P_BOUND, z + _log1p_minus(z), jnp.log(heavy + light * exp_ratio)
+        jnp.abs(z) < _LOG1P_BOUND, z + log1p_minus(z), jnp.log(heavy + light * exp_ratio)
     )
     over_heavy = jnp.where(only_light, ratio + jnp.log(light), log1p_z)
     over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
@@ -403,7 +403,7 @@ def _a_is_heavy(w: Array, r: Array) -> Array:
     return (w > 0.5) | ((w == 0.5) & (r <= 0))
 
 
-def _log1p_minus(z: Array) -> Array:
+def log1p_minus(z: Array) -> Array:
     """log(1 + z) - z for |z| < 1/2, to the last bit of the dtype.
 
     From the series of log(1 + z) = 2 artanh(s) with s = z / (2 + z), for which 2 s - z = -s z.

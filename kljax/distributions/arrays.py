@@ -72,11 +72,14 @@ class _OneArray(Classed):
         like: jax.ShapeDtypeStruct,
         state: RowState | None = None,
     ) -> Side:
-        x = classes.present(with_infinity(self.array), -jnp.inf)
+        x = self.logs(classes, like.dtype)
         logs = x.astype(like.dtype)
         if not self.normalizes(temperature):
             return Side(logs, logs)
         return normalized(x, logs, classes, temperature, state)
+
+    def logs(self, classes: Classes, dtype: jnp.dtype) -> Array:
+        return classes.present(with_infinity(self.array), -jnp.inf)
 
     def best(self, classes: Classes) -> Array:
         x = self.array if classes.where is None else with_infinity(self.array)
@@ -176,12 +179,18 @@ class Probs(_OneArray):
         like: jax.ShapeDtypeStruct,
         state: RowState | None = None,
     ) -> Side:
-        x = classes.present(with_infinity(self.array)).astype(like.dtype)
-        zero = x == 0
-        logs = jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, x)))
+        logs = self.logs(classes, like.dtype)
         if not self.normalizes(temperature):
-            return Side(logs, logs, probs=x)
+            return Side(logs, logs, probs=self._present(classes, like.dtype))
         return normalized(logs, logs, classes, temperature, state)
+
+    def logs(self, classes: Classes, dtype: jnp.dtype) -> Array:
+        x = self._present(classes, dtype)
+        zero = x == 0
+        return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, x)))
+
+    def _present(self, classes: Classes, dtype: jnp.dtype) -> Array:
+        return classes.present(with_infinity(self.array)).astype(dtype)
 
     def slope(self, slope: Array) -> Array:
         x = self.array.astype(slope.dtype)

@@ -24,6 +24,7 @@ class Labels(Classed):
     labels: ArrayLike
 
     has_classes = False
+    is_one_class = True
 
     def read(self, caller: str, argument: str) -> Self:
         return type(self)(checks.to_array(caller, argument, self.labels))
@@ -67,12 +68,12 @@ class Labels(Classed):
         labels = held(self.labels)
         if labels.dtype.itemsize < 4:
             labels = labels.astype(jnp.int32)  # the classes must not wrap around
-        numbers = classes.numbers(like, labels.dtype)
+        numbers, each = classes.numbers(like, labels.dtype), labels
         if like.sharding is not None:
-            labels = meshes.spread(jnp.broadcast_to(labels, like.shape), like.sharding)
-        hit = numbers == labels
+            each = meshes.spread(jnp.broadcast_to(labels, like.shape), like.sharding)
+        hit = numbers == each
         if classes.where is None:
-            exists = classes.any(hit)
+            exists = jnp.squeeze((labels >= 0) & (labels < classes.count(like)), classes.axis)
         else:
             hit = hit & classes.where
             exists = classes.any(hit) | ~classes.any(classes.where)
