@@ -64,7 +64,12 @@ def _evaluate(
     )
     formula = choose_term(formula, inputs)
     path = paths.choose(
-        formula.name, implementation, inputs.layout, inputs.sides, capturing=not formula.cached
+        formula.name,
+        implementation,
+        inputs.layout,
+        inputs.sides,
+        capturing=not formula.cached,
+        sums_slopes=formula.sums_slopes(inputs.sides),
     )
     run = _run_jitted if formula.cached else _run
     return run(formula, path, inputs, weighting, as_arrays(params))

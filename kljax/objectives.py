@@ -134,7 +134,14 @@ def distillation_loss(
     formula = _pipeline.choose_term(asked.formula, inputs)
     plain = asked.formula.on(inputs.sides, None)
     pure = formula.cached and plain.cached
-    path = paths.choose(_NAME, implementation, layout, inputs.sides, capturing=not pure)
+    path = paths.choose(
+        _NAME,
+        implementation,
+        layout,
+        inputs.sides,
+        capturing=not pure,
+        sums_slopes=formula.sums_slopes(inputs.sides),
+    )
     if labels is not None:
         inputs = inputs.also("labels", _say_labels(labels, inputs, label_smoothing))
     elif not checks.is_static(hard_weight, 0):

@@ -49,6 +49,7 @@ ORDER = [
     "kljax._engine.blockwise",
     "kljax._engine.paths",
     "kljax._engine.loss",
+    "kljax._engine.lowering",
     "kljax._engine.linear",
     "kljax._engine.blocks",
     "kljax._engine.rows",

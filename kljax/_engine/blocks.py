@@ -1,7 +1,8 @@
 """Blocks of examples: how a batch is cut, and a loop over the pieces.
 
-Block k takes every count-th row of an axis, not neighbouring ones: a batch that the compiler has
-spread over devices then gives each block rows of every device, and nothing is gathered.
+Block k takes neighbouring rows where one device holds them all. Else it takes every count-th row of
+an axis: a batch that the compiler has spread over devices then gives each block rows of every
+device, and nothing is gathered.
 """
 
 import math
@@ -23,6 +24,7 @@ class Blocks(NamedTuple):
 
     batch: tuple[int, ...]
     extents: tuple[int, ...]
+    neighbours: bool = False  # else every count-th row
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -195,9 +197,11 @@ def _cut(
         return (
             ((n,), (n - left,), (left,)) if at is None else ((n,), (at[axis] * extent,), (extent,))
         )
-    if at is None:
-        return (extent, count), (0, 0), (extent, count)
-    return (extent, count), (0, at[axis]), (extent, 1)
+    if blocks.neighbours:
+        full, start, size = (count, extent), (at and at[axis], 0), (1, extent)
+    else:
+        full, start, size = (extent, count), (0, at and at[axis]), (extent, 1)
+    return (full, (0, 0), full) if at is None else (full, start, size)
 
 
 def _read(blocks: Blocks, x: Array, axes: Axes, k: Array | int | None) -> Array:

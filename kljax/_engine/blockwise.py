@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine import linear
+from kljax._engine import linear, lowering
 from kljax._engine.blocks import Blocks, aligned, rescale, sweep, times, varying, whole, widened
 from kljax._engine.classes import Axes
 from kljax._engine.paths import Path
@@ -304,13 +304,21 @@ def _watched(rows: Rows) -> Rows:
 
 
 def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
-    """Choose the blocks when the platform is known: at lowering, not while tracing."""
-    cpu, elsewhere = run.path.cuts
-    if cpu == elsewhere:
-        return compute(cpu, *args)
-    return lax.platform_dependent(
-        *args, cpu=partial(compute, cpu), default=partial(compute, elsewhere)
-    )
+    """Choose the blocks when the program is lowered: then platform and devices are known."""
+    path = run.path
+    if path.whole:
+        return compute(path.cpu, *args)
+    local = bool(varying(args))
+
+    def at(platform: str, alone: bool) -> Callable[..., Tree]:
+        return partial(compute, path.on(platform)._replace(neighbours=alone))
+
+    if not (local or path.names):
+        # As one block all shapes are the same, and there is no loop to trace.
+        like = jax.eval_shape(partial(compute, whole(run.batch)), *args)
+        return lowering.choose(at, like, *args)
+    platforms = {name: at(name, local) for name in ("cpu", "tpu")}
+    return lax.platform_dependent(*args, default=at("cuda", local), **platforms)
 
 
 def _per_example(run: Run, leaves: Any) -> list[Axes]:

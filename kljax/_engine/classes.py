@@ -98,11 +98,11 @@ class Classes:
 
     def numbers(self, like: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> Array:
         """The number of each class, across shards too; of several axes the last runs fastest."""
-        numbers, count = None, 1
-        for axis in reversed(self.axis):
-            along = lax.broadcasted_iota(dtype, like.shape, axis, out_sharding=like.sharding)
-            numbers = along if numbers is None else numbers + along * count
-            count *= like.shape[axis]
+        along = partial(lax.broadcasted_iota, dtype, like.shape, out_sharding=like.sharding)
+        *others, last = self.axis
+        numbers, count = along(last), like.shape[last]
+        for axis in reversed(others):
+            numbers, count = numbers + along(axis) * count, count * like.shape[axis]
         if self.names:
             numbers += lax.axis_index(self.names).astype(dtype) * count
         return numbers
@@ -123,6 +123,7 @@ class Classes:
             like = jax.ShapeDtypeStruct(x.shape, dtype, sharding=meshes.of_first([x]))
             numbers = self.numbers(like, jnp.dtype("int32"))
             found, best = states.in_one_pass(x.astype(dtype), inverses, self.axis, numbers)
+            assert best is not None
             return tuple(found), self._best_of_all(jnp.squeeze(found[0].peak, self.axis), best)
 
         found, best = lax.platform_dependent(

@@ -19,7 +19,7 @@ from kljax._engine.blocks import aligned, varying
 from kljax._engine.classes import Classes
 from kljax._engine.formula import Formula, Loss
 from kljax._engine.rows import rows, rows_dot, together
-from kljax._engine.side import ABSENT, Rows, View
+from kljax._engine.side import ABSENT, Rows, View, held
 from kljax._engine.terms import nan_unless, term_generalized_kl, weigh
 
 
@@ -55,7 +55,7 @@ def _total(loss: Loss) -> Array:
 
 
 def _in_one_pass(loss: Loss) -> Array:
-    return sum(x for x in together(loss).divergences if x is not None)
+    return together(loss).value
 
 
 def _summed(loss: Loss, known: Rows | None) -> Array:
@@ -97,11 +97,11 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
                 values_dot -= classes.sum(along)
         if moving[i]:
             (x_dot,) = jax.tree.leaves(dots.sides[i])
-            held = loss.sides[i]
-            slope = held.slope(slope)
+            given = loss.sides[i]
+            slope = given.slope(slope)
             if i == 1 and loss.formula.cross_entropy and side.probs is not None:
                 slope = there.present(_linear_slope(loss, seen, i, slope))
-            values_dot += classes.sum(held.along(slope, _cleared(there, x_dot)))
+            values_dot += classes.sum(given.along(slope, _cleared(there, x_dot)))
 
     if loss.factor is None:
         return values, values_dot
@@ -141,11 +141,10 @@ def _known(loss: Loss, asked: tuple[int, ...]) -> _Known:
 
 def _known_at_once(loss: Loss, asked: tuple[int, ...]) -> _Known:
     found = together(loss)
-    values = [x for x in found.divergences if x is not None]
-    zero = jnp.zeros_like(values[0])
-    totals = (x if x is not None else zero for x in found.divergences)
+    zero = jnp.zeros_like(found.value)
+    totals = (zero if x is None else x for x in found.divergences)
     return _Known(
-        found.rows, sum(values), tuple(x if i in asked else None for i, x in enumerate(totals))
+        found.rows, found.value, tuple(x if i in asked else None for i, x in enumerate(totals))
     )
 
 
@@ -160,7 +159,7 @@ def _one_by_one(loss: Loss, asked: tuple[int, ...], refined: bool) -> _Known:
             both sides are close.
     """
     given = rows(loss)
-    seen, directions = loss.view(given), loss.formula.directions
+    seen, directions = loss.view(given), loss.formula.directions or ()
     one_way = directions and not (refined or all(directions))
     to_sum = [i for i in asked if not (one_way or loss.is_to_labels(i))]
     slopes = (loss.classes.present(_slope(loss, seen, i)) for i in to_sum)
@@ -214,23 +213,6 @@ _ONE_WAY = (
 )
 
 
-def _slope_after(total: Array, slope: Array, loss: Loss, seen: View, i: int) -> Array:
-    """The slopes once more, for the pass that needs their total.
-
-    Accelerators read the inputs again: their compiler would rather store the slopes in between.
-    """
-
-    def again(total: Array, _: Array, loss: Loss, rows: Rows) -> Array:
-        sides, _ = lax.optimization_barrier((loss.sides, total))
-        loss = replace(loss, sides=sides)
-        return _slope(loss, loss.view(rows), i)
-
-    rows = Rows(tuple(side.softmax and side.softmax.state for side in seen.sides))
-    return lax.platform_dependent(
-        total, slope, loss, rows, cpu=lambda _, slope, *rest: slope, default=again
-    )
-
-
 def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
     """The rows' states, for derivatives in a pass of their own.
 
@@ -249,7 +231,7 @@ def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
 def _centred(loss: Loss, seen: View, known: _Known, i: int) -> Array:
     """The derivative to the logarithms given: the slopes, less the softmax's share of their sum."""
     side, slope = seen.sides[i], _slope(loss, seen, i)
-    total = jnp.expand_dims(known.totals[i], loss.classes.axis)
+    total = jnp.expand_dims(held(known.totals[i]), loss.classes.axis)
     if not loss.sums_to_a_number(i):
         # An infinite divergence has no derivative to the side with mass where the other has none:
         # NaN for the whole row, whose finite entries would be the gradient of nothing.
@@ -271,15 +253,15 @@ def _elements_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Ar
     (loss,), (dots,) = primals, tangents
     seen, classes, values = loss.view(), loss.classes, elements(loss)
     values_dot = jnp.zeros_like(values)
-    for i, (side, held) in enumerate(zip(seen.sides, loss.sides, strict=True)):
+    for i, (side, given) in enumerate(zip(seen.sides, loss.sides, strict=True)):
         (x_dot,) = jax.tree.leaves(dots.sides[i])
         x_dot = classes.present(x_dot) if _moves(x_dot) else x_dot
         slope = classes.present(_slope(loss, seen, i))
         probs, along = jnp.exp(side.log_probs), jnp.zeros_like(values)
         if _moves(x_dot):
-            along += held.along(held.slope(slope), x_dot)
+            along += given.along(given.slope(slope), x_dot)
             if side.softmax:
-                shifts = held.along(held.slope(probs), x_dot)
+                shifts = given.along(given.slope(probs), x_dot)
                 along -= slope * classes.sum(shifts, keepdims=True)
         if side.softmax and loss.temperature is not None:
             if _moves(dots.temperature):

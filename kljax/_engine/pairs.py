@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kljax._engine.classes import Classes
-from kljax._engine.states import RowState
+from kljax._engine.states import NEAR_PEAKS, RowState
 from kljax._engine.terms import expm1_minus, log1p_minus
 
 # Below this a difference between the sides comes from a series, above it from the sums.
 _NEAR = 0.5
-_NEAR_STEP = 0.25  # the merge has a shorter series
+_NEAR_STEP = 0.125  # the merge has a shorter series
 
 
 class PairState(NamedTuple):
@@ -48,12 +48,14 @@ class PairState(NamedTuple):
         close = self.gap / self.p + log1p_minus(y)
         far = self.textbook / self.p + jnp.log(self.q / self.p)
         value = jnp.where(near, jnp.maximum(close, 0), far)  # rounding alone is below 0
-        return jnp.where(self.lost > 0, jnp.inf, value)
+        infinite = jnp.where(self.q > 0, jnp.inf, jnp.nan)  # a row without mass is none
+        return jnp.where(self.lost > 0, infinite, value)
 
     @property
     def _excess(self) -> tuple[Array, Array]:
         """Whether Σ q' / Σ p' - 1 is small, and then what it is."""
         y = (self.gap - self.textbook) / self.p
+        y = jnp.where(self.lost > 0, self.q / self.p - 1, y)  # of the infinite sums nothing is left
         near = jnp.abs(y) < _NEAR
         return near, jnp.where(near, y, 0)
 
@@ -72,11 +74,12 @@ def pair_states(
     """
     least = jnp.finfo(p.dtype).min / 2  # so that a difference of two peaks is finite
     one, zero = jnp.ones_like(p), jnp.zeros_like(p)
-    in_p, in_q = (jnp.where(jnp.isneginf(x), zero, one) for x in (p, q))
+    no_p, no_q = map(jnp.isneginf, (p, q))
+    in_p, in_q = jnp.where(no_p, zero, one), jnp.where(no_q, zero, one)
     # Of one class alone p' and q' are 1, so that d is 0; merging tells what it is below the peaks.
     each = [jnp.maximum(p, least), jnp.maximum(q, least), in_p, in_q]
-    each += [zero, zero, in_p * (1 - in_q)]
-    each += [zero, zero, in_q * (1 - in_p)] if both else []
+    each += [zero, zero, jnp.where(no_q, in_p, zero)]
+    each += [zero, zero, jnp.where(no_p, in_q, zero)] if both else []
     count, scales = len(each), []
     if inverse_temperature is not None:  # a reduction cannot capture it
         scales = [jnp.broadcast_to(inverse_temperature, p.shape)]
@@ -130,10 +133,14 @@ def _below(
     """The sums of a part, relative to the peaks of the whole."""
     scaled = lambda x: x if inverse_temperature is None else x * inverse_temperature  # noqa: E731
     peak_p, peak_q = peaks
-    by_p, by_q = jnp.exp(scaled(part.peak_p - peak_p)), jnp.exp(scaled(part.peak_q - peak_q))
+    below_p, below_q = part.peak_p - peak_p, part.peak_q - peak_q
+    by_p, by_q = jnp.exp(scaled(below_p)), jnp.exp(scaled(below_q))
     p, q = by_p * part.p, by_q * part.q
-    # What stands below a peak is rounded; differences of close sides are exact.
-    step = (part.peak_q - part.peak_p) - (peak_q - peak_p)
+    # Where the peaks are near each other logits of close sides differ exactly; else what stands
+    # below them does.
+    shift = peak_q - peak_p
+    exact = (part.peak_q - part.peak_p) - shift
+    step = jnp.where(jnp.abs(shift) < NEAR_PEAKS, exact, below_q - below_p)
     x = scaled(step)
     textbook = by_p * (part.textbook - step * scaled(part.p))
     excess = expm1_minus(x, _NEAR_STEP)

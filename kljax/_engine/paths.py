@@ -58,30 +58,36 @@ class _Budget(NamedTuple):
 _CPU = _Budget(1 / 64, _MIB // 4, 2 * _MIB, 8 * _MIB)
 _CPU_HEAD = _Budget(1 / 16, _MIB // 4, 32 * _MIB, 4 * _MIB, least_rows=128)
 _ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
+# What such sums share NVIDIA's compiler stores.
+_GPU_SUMS = _Budget(1, 64 * _MIB, 64 * _MIB, 128 * _MIB)
 # Asked for by name, where arrays would go at once.
 _CPU_CHUNKED = _CPU._replace(at_once=_MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)
 
 
 class Path(NamedTuple):
-    """How the batch is cut; which of the two is known when the program is lowered."""
+    """How the batch is cut; which of these is known when the program is lowered."""
 
     cpu: Blocks
-    elsewhere: Blocks
+    tpu: Blocks
+    gpu: Blocks  # and what we do not know
     names: tuple[str, ...] = ()  # the mapped axes over which a block's classes are spread
 
     @property
     def whole(self) -> bool:
         """Whether nothing is cut anywhere."""
-        return all(cut.single for cut in self.cuts)
+        return all(cut.single for cut in (self.cpu, self.tpu, self.gpu))
 
     @property
     def batch(self) -> tuple[int, ...]:
         return self.cpu.batch
 
     @property
-    def cuts(self) -> tuple[Blocks, Blocks]:
-        return self.cpu, self.elsewhere
+    def cuts(self) -> tuple[Blocks, ...]:
+        return self.cpu, self.tpu, self.gpu
+
+    def on(self, platform: str) -> Blocks:
+        return {"cpu": self.cpu, "tpu": self.tpu}.get(platform, self.gpu)
 
 
 def choose(
@@ -91,11 +97,13 @@ def choose(
     sides: tuple[Classed, ...],
     *,
     capturing: bool = False,
+    sums_slopes: bool = False,
 ) -> Path:
     """How to run. A named implementation runs or raises; None leaves the choice here.
 
     Args:
         capturing: A term captures values, which may be of the batch's size.
+        sums_slopes: Derivatives wait for a sum over the classes beside the values.
     """
     batch, classes = layout.batch, math.prod(layout.classes)
     only_whole = _only_whole(layout, sides)
@@ -105,23 +113,27 @@ def choose(
     )
     if isinstance(implementation, Chunked):
         rows = exactly(batch, implementation.rows)
-        return Path(rows, rows, layout.names)
+        return Path(rows, rows, rows, layout.names)
     makes_classes = any(side.makes_classes for side in sides)
     if implementation == "dense" or only_whole or not known or math.prod(layout.shape) == 0:
-        return Path(whole(batch), whole(batch))
+        return all_at_once(batch)
     if implementation is None and capturing and not makes_classes:
-        return Path(whole(batch), whole(batch))
-    cpu, elsewhere = _CPU, None
+        return all_at_once(batch)
+    cpu, tpu, gpu = _CPU, None, _GPU_SUMS if sums_slopes else None
     if implementation == "chunked":
-        cpu, elsewhere = _CPU_CHUNKED, _ELSEWHERE_CHUNKED
+        cpu, tpu, gpu = _CPU_CHUNKED, _ELSEWHERE_CHUNKED, _ELSEWHERE_CHUNKED
     if any(side.has_kernel for side in sides):
         cpu = _CPU_HEAD
     if makes_classes:
-        elsewhere = _ELSEWHERE_MADE
+        tpu = gpu = _ELSEWHERE_MADE
     arrays = [side.array for side in sides if side.array is not None]
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
     cut = partial(_blocks, batch, classes, itemsize)
-    return Path(cut(cpu), cut(elsewhere), layout.names)
+    return Path(cut(cpu), cut(tpu), cut(gpu), layout.names)
+
+
+def all_at_once(batch: tuple[int, ...]) -> Path:
+    return Path(whole(batch), whole(batch), whole(batch))
 
 
 def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:

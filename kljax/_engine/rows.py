@@ -21,11 +21,12 @@ def rows(loss: Loss) -> Rows:
     like = block_of(loss.sides).shape
     shape = tuple(1 if i in loss.classes.axis else n for i, n in enumerate(like))
     whole = partial(jnp.broadcast_to, shape=shape)
-    softmaxes = (side.softmax for side in loss.view().sides)
-    states = tuple(softmax and jax.tree.map(whole, softmax.state) for softmax in softmaxes)
-    if len(states) == 1 or None in states:
-        return Rows(states)
-    return Rows(states, log_ratio_of_masses(*(state.mass for state in states)))
+    softmaxes = [side.softmax for side in loss.view().sides]
+    states = [None if of is None else jax.tree.map(whole, of.state) for of in softmaxes]
+    match states:
+        case [RowState() as a, RowState() as b]:
+            return Rows((a, b), log_ratio_of_masses(a.mass, b.mass))
+    return Rows(tuple(states))
 
 
 @rows.defjvp
@@ -45,13 +46,15 @@ def rows_dot(found: Rows, loss: Loss, dots: Any) -> Any:
             scores = [scale(x, 1 / loss.temperature) for x in scores]
         return [loss.classes.sum(jnp.exp(x), keepdims=True) for x in scores]
 
-    dot = iter(jax.jvp(masses, (loss,), (dots,))[1])
+    moved = jax.jvp(masses, (loss,), (dots,))[1]
+    each, dot = [state for state in found.states if state], iter(moved)
     states = tuple(
-        state and RowState(jnp.zeros_like(state.peak), next(dot)) for state in found.states
+        None if state is None else RowState(jnp.zeros_like(state.peak), next(dot))
+        for state in found.states
     )
     if found.log_masses is None:
         return Rows(states)
-    a, b = (dot.mass / of.mass for dot, of in zip(states, found.states, strict=True))
+    a, b = (x / state.mass for x, state in zip(moved, each, strict=True))
     return Rows(states, a - b)
 
 
@@ -60,23 +63,28 @@ class Together(NamedTuple):
 
     rows: Rows
     divergences: tuple[Array | None, Array | None]  # D(0‖1), D(1‖0)
+    value: Array  # their sum
 
 
 def together(loss: Loss) -> Together:
     """From one pass over both sides."""
-    classes, (from_0, from_1) = loss.classes, loss.formula.directions
+    classes, (from_0, from_1) = loss.classes, loss.formula.directions or (True, True)
     inverse = None if loss.temperature is None else 1 / loss.temperature
     a, b = _logits(loss)
     p, q = (a, b) if from_0 else (b, a)
     pairs = pair_states(p, q, inverse, classes, both=from_0 and from_1)
     found = [jnp.squeeze(pair.divergence, classes.axis) for pair in pairs]
+    if not all(a.shape[axis] for axis in classes.axis):
+        found = [jnp.zeros_like(x) for x in found]
     if classes.where is not None:
         some = jnp.broadcast_to(classes.any(classes.where), found[0].shape)
         found = [jnp.where(some, x, 0) for x in found]
     states, log_masses = pairs[0].rows, -pairs[0].log_masses
     if not from_0:
-        return Together(Rows(states[::-1], -log_masses), (None, found[0]))
-    return Together(Rows(states, log_masses), (found[0], found[1] if from_1 else None))
+        return Together(Rows(states[::-1], -log_masses), (None, found[0]), found[0])
+    if not from_1:
+        return Together(Rows(states, log_masses), (found[0], None), found[0])
+    return Together(Rows(states, log_masses), (found[0], found[1]), found[0] + found[1])
 
 
 def _logits(loss: Loss) -> tuple[Array, ...]:

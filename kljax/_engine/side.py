@@ -25,9 +25,6 @@ from kljax._engine.terms import log_difference, log_ratio_of_probs
 # From the gradient to logits to the gradients to some of the leaves that they were made of.
 Pullback = Callable[[Sequence[int], Array], list[Array]]
 
-# Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
-_NEAR_PEAKS = 16
-
 
 class Distribution:
     """What every distribution is: a frozen pytree that says what it holds.
@@ -237,7 +234,7 @@ def view(
         for side, state in zip(sides, rows.states if rows else [None] * len(sides), strict=True)
     )
     log_probs = [classes.present(side.log_probs, ABSENT) for side in seen]
-    ratio = classes.present(_log_ratio(seen, temperature, rows and rows.log_masses))
+    ratio = classes.present(_log_ratio(seen, temperature, rows.log_masses if rows else None))
     *full, ratio = (jnp.broadcast_to(x, like.shape) for x in (*log_probs, ratio))
     return View(seen, tuple(full), ratio)
 
@@ -280,7 +277,7 @@ def _log_ratio(
     # Where the peaks are near each other the logits differ exactly; else what stands below does.
     (a_peak, a_mass), (b_peak, b_mass) = a.softmax.state, b.softmax.state
     shift = a_peak - b_peak
-    near = jnp.abs(shift) < _NEAR_PEAKS
+    near = jnp.abs(shift) < states.NEAR_PEAKS
     a_below = a.logs - jnp.where(near, 0, a_peak)
     b_below = b.logs - jnp.where(near, 0, b_peak)
     both_zero = jnp.isneginf(a.logs) & jnp.isneginf(b.logs)

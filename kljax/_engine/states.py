@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
+# Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
+NEAR_PEAKS = 16
+
+
 class RowState(NamedTuple):
     """max x, kept finite where there is no mass at all, and the sum of exp((x - max) / T)."""
 
@@ -157,12 +161,12 @@ def in_one_pass(
     last = [jnp.array(jnp.iinfo(n.dtype).max, n.dtype) for n in number]
     zeros = jax.tree.map(lambda _: jnp.zeros((), x.dtype), (masses, scales))
     each = jnp.maximum(x, start.peak), masses, scales, number
-    flat = (jax.tree.leaves(tree) for tree in (each, (start.peak, *zeros, last)))
-    out = [jnp.expand_dims(y, axis) for y in lax.reduce(*map(tuple, flat), combine, axis)]
+    each, initial = map(jax.tree.leaves, (each, (start.peak, *zeros, last)))
+    out = lax.reduce(tuple(each), tuple(initial), combine, axis)
+    out = [jnp.expand_dims(y, axis) for y in out]
     peak, masses, _, number = layout.unflatten(out)
-    return [RowState(peak, mass) for mass in masses], jnp.squeeze(
-        number[0], axis
-    ) if number else None
+    best = jnp.squeeze(number[0], axis) if number else None
+    return [RowState(peak, mass) for mass in masses], best
 
 
 def _first_best(a: Array, b: Array, a_number: Array, b_number: Array) -> Array:

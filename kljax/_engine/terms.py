@@ -186,8 +186,8 @@ def _probability_difference_jvp(primals, tangents):
 
 
 def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
-    """exp(d) - 1 - d for |d| below 1/2 or 1/4, by its Taylor series to the dtype's last bits."""
-    last = {0.5: (9, 17), 0.25: (6, 13)}[bound][d.dtype == jnp.float64]
+    """exp(d) - 1 - d for |d| below 1/2 or 1/8, by its Taylor series to the dtype's last bits."""
+    last = {0.5: (9, 17), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
     total = jnp.full_like(d, 1 / math.factorial(last))
     for n in range(last - 1, 1, -1):
         total = total * d + 1 / math.factorial(n)

@@ -1,0 +1,74 @@
+"""A choice among ways to compute the same, made when the program is lowered.
+
+Then the platform is known, and whether the program runs on one device alone. What is not chosen is
+never traced.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.interpreters import batching, mlir
+
+Tree = Any
+Choose = Callable[[str, bool], Callable[..., Tree]]  # (platform, whether one device is all)
+
+_KNOWN = ("cpu", "tpu", "cuda")  # of any other platform we know as much as of the last
+
+
+def choose(choose: Choose, like: Tree, *args: Array) -> Tree:
+    """Compute what is chosen; no named axis need be in scope for it.
+
+    Args:
+        choose: Of a platform, and of whether the program runs on one device alone, the function.
+        like: Of the shapes and dtypes of the result.
+        *args: What the function is applied to.
+    """
+    leaves, tree = jax.tree.flatten(like)
+    avals = tuple(jax.typeof(leaf) for leaf in leaves)
+    return tree.unflatten(_primitive().bind(*args, choose=choose, avals=avals))
+
+
+@cache
+def _primitive() -> Any:
+    from jax.extend.core import Primitive  # here, for it loads Pallas
+
+    primitive = Primitive("kljax_choice")
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *args, choose, avals: _on_any(_KNOWN, choose, alone=True)(*args))
+    primitive.def_abstract_eval(lambda *_, choose, avals: list(avals))
+    mlir.register_lowering(primitive, _lower)
+    batching.primitive_batchers[primitive] = _batch
+    return primitive
+
+
+def _on_any(platforms: Any, choose: Choose, *, alone: bool) -> Callable[..., list[Array]]:
+    def compute(*args: Array) -> list[Array]:
+        if len(platforms) == 1:
+            return jax.tree.leaves(choose(platforms[0], alone)(*args))
+        *first, last = platforms
+        branches = {platform: choose(platform, alone) for platform in first}
+        return jax.tree.leaves(
+            lax.platform_dependent(*args, default=choose(last, alone), **branches)
+        )
+
+    return compute
+
+
+def _lower(ctx: Any, *args: Any, choose: Choose, avals: Any) -> Any:
+    alone = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    platforms = tuple(ctx.platforms or ctx.module_context.platforms)
+    rule = mlir.lower_fun(_on_any(platforms, choose, alone=alone), multiple_results=True)
+    return rule(ctx, *args)
+
+
+def _batch(args: Any, dims: Any, *, choose: Choose, avals: Any) -> Any:
+    def mapped(platform: str, alone: bool) -> Callable[..., list[Array]]:
+        compute = choose(platform, alone)
+        return jax.vmap(lambda *args: jax.tree.leaves(compute(*args)), in_axes=tuple(dims))
+
+    size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
+    wider = tuple(aval.update(shape=(size, *aval.shape)) for aval in avals)
+    return _primitive().bind(*args, choose=mapped, avals=wider), [0] * len(avals)
