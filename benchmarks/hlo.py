@@ -52,6 +52,7 @@ _NOT_ARITHMETIC = _FREE | {
     "gather",
     "scatter",
     "fusion",
+    "fusion-start",
     "convert",
     "bitcast-convert",
     "dot",
@@ -183,7 +184,7 @@ class _Program:
 
     def _moved(self, one: Instruction, body: Computation) -> float:
         given = [_bytes(body[name].shape) for name in one.operands]
-        if one.opcode == "fusion":
+        if one.opcode in ("fusion", "fusion-start"):
             inside = self.computations[one.called[0]]
             read = (self._read(inside, i, size) for i, size in enumerate(given))
             return sum(read) + self._written(inside, one)
@@ -230,7 +231,10 @@ class _Program:
     def _written(self, inside: Computation, fusion: Instruction) -> float:
         root = next(one for one in inside.values() if one.is_root)
         parts = [inside[n] for n in root.operands] if root.opcode == "tuple" else [root]
-        memory = [array.in_memory for array in arrays(fusion.shape)]
+        results = arrays(fusion.shape)
+        if fusion.opcode == "fusion-start":  # (from), to, and flags
+            results = results[len(fusion.operands) :]
+        memory = [array.in_memory for array in results]
         return sum(
             self._written_by(inside, part)
             for part, kept in zip(parts, memory, strict=False)
@@ -249,7 +253,7 @@ class _Program:
 
     def _arithmetic(self, one: Instruction) -> float:
         """Elementwise operations, of what an instruction makes and calls."""
-        if one.opcode == "fusion":
+        if one.opcode in ("fusion", "fusion-start"):
             return sum(map(self._arithmetic, self.computations[one.called[0]].values()))
         if one.opcode == "reduce":
             each = self.computations[one.called[0]].values()

@@ -50,6 +50,7 @@ ORDER = [
     "kljax._engine.paths",
     "kljax._engine.loss",
     "kljax._engine.lowering",
+    "kljax._engine.picks",
     "kljax._engine.linear",
     "kljax._engine.blocks",
     "kljax._engine.rows",

@@ -25,6 +25,9 @@ class Blocks(NamedTuple):
     batch: tuple[int, ...]
     extents: tuple[int, ...]
     neighbours: bool = False  # else every count-th row
+    # Each block is cut out once; else XLA:CPU would cut it anew for every reader, where compilers
+    # for accelerators make that a part of reading.
+    cut_once: bool = True
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -97,11 +100,10 @@ def sweep(
         return body(list(leaves))
 
     def read(k: Any) -> list[Array]:
-        tied = leaves if k is None else _tied(leaves, axes, k)
+        tied = _tied(leaves, axes, k) if blocks.cut_once and k is not None else leaves
         block = [_read(blocks, x, a, k) for x, a in zip(tied, axes, strict=True)]
-        # Cut once: else XLA:CPU would cut the whole anew for every reader of the block.
         return [
-            x if a is None else lax.optimization_barrier(x)
+            lax.optimization_barrier(x) if blocks.cut_once and a is not None else x
             for x, a in zip(block, axes, strict=True)
         ]
 

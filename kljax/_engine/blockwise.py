@@ -311,7 +311,8 @@ def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
     local = bool(varying(args))
 
     def at(platform: str, alone: bool) -> Callable[..., Tree]:
-        return partial(compute, path.on(platform)._replace(neighbours=alone))
+        once = platform == "cpu"
+        return partial(compute, path.on(platform)._replace(neighbours=alone, cut_once=once))
 
     if not (local or path.names):
         # As one block all shapes are the same, and there is no loop to trace.

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
+from kljax._engine.picks import Few, Picked, picked
 from kljax._engine.side import Classed, Side, block_of, compute_dtype, held, with_infinity
 from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless
@@ -150,22 +151,22 @@ class TopK(Classed):
     ) -> tuple[tuple[Classed, ...], Classes]:
         log_probs = held(self.log_probs)
         where, dtype = classes.where, compute_dtype((others, self))
-        wholes = [] if where is None else [where]
-        if others:
-            whole = jax.tree.map(lambda x: _unless_dead(x, live), others[:1])
-            seen = whole[0].view(classes, temperature, block_of(whole))
-            wholes.insert(0, seen.log_probs)
+        wholes = [jax.tree.leaves(side)[0] for side in others[:1]]
+        wholes += [] if where is None else [where]
         best = _unless_dead(log_probs, live).astype(dtype)
-        few = held(self.indices), best, _allowed(held(self.indices), where)
-        batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (*few, *wholes)))
-        indices, best, exists = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in few)
+        given = held(self.indices), best, _allowed(held(self.indices), where)
+        batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (*given, *wholes)))
+        indices, best, exists = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in given)
         given_mass = ~jnp.isneginf(best)
         valid, lost = given_mass & exists, jnp.any(given_mass & ~exists, axis=-1)
 
         sides, all_taken = [], jnp.zeros(batch, bool)
         if wholes:  # else what classes there are is not known
-            taken, all_taken = _taken(indices, valid, where, wholes[0])
-            sides = [_split(x, indices, valid, taken) for x in wholes[: len(others)]]
+            few, all_taken = _taken(indices, valid, where, wholes[0])
+            for side in others[:1]:
+                seen = _split(side, classes, temperature, few, live)
+                best_seen = nan_unless(_inside(indices, few.taken.shape[-1]), seen.few)
+                sides.append(_Seen(jnp.where(valid, best_seen, -jnp.inf), seen.rest))
         rest = _rest(self.log_tail, best, all_taken, live)
         sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
         on_few = tuple(map(LogProbs, _on_few_classes(sides, self.tail, lost)))
@@ -198,23 +199,30 @@ class _Seen(NamedTuple):
     rest: Array
 
 
-def _taken(indices: Array, valid: Array, where: Array | None, whole: Array) -> tuple[Array, Array]:
+def _taken(indices: Array, valid: Array, where: Array | None, whole: Array) -> tuple[Few, Array]:
     """Which classes are K, and whether none is left for the rest."""
     classes = whole.shape[-1]
     places = jnp.where(valid & _inside(indices, classes), indices, classes)  # one past: dropped
     taken = meshes.spread(marked(places, classes), meshes.of_first([whole]))
     left = ~taken if where is None else where & ~taken
-    return taken, ~jnp.any(left, axis=-1)
+    return Few(places, taken, ()), ~jnp.any(left, axis=-1)
 
 
-def _split(log_probs: Array, indices: Array, valid: Array, taken: Array) -> _Seen:
+def _split(
+    side: Classed, classes: Classes, temperature: Array | None, few: Few, live: Array | None
+) -> Picked:
     """The predictions at the k classes, and what they hold elsewhere."""
-    log_probs = jnp.broadcast_to(log_probs, taken.shape)
-    inside = _inside(indices, taken.shape[-1])
-    best = meshes.take(log_probs, jnp.where(valid & inside, indices, 0))
-    best = nan_unless(inside, best)
-    rest = log_sum_exp(jnp.where(taken, -jnp.inf, log_probs))
-    return _Seen(jnp.where(valid, best, -jnp.inf), rest)
+    logits = side.logs(classes, compute_dtype(side)) if side.normalizes(temperature) else None
+    shape = few.taken.shape
+    if logits is not None and not meshes.explicit(logits):
+        inverse = None if temperature is None else 1 / temperature
+        return picked(jnp.broadcast_to(logits, shape), inverse, few, live)
+    side = jax.tree.map(lambda x: _unless_dead(x, live), side)
+    log_probs = side.view(classes, temperature, block_of((side,))).log_probs
+    log_probs = jnp.broadcast_to(log_probs, shape)
+    places, here = few.places()
+    best = meshes.take(log_probs, jnp.where(here, places, 0))
+    return Picked(best, log_sum_exp(jnp.where(few.taken, -jnp.inf, log_probs)))
 
 
 def _allowed(indices: Array, where: Array | None) -> Array:
