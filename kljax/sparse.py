@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ from jax.typing import ArrayLike
 from kljax import _reading
 from kljax._engine import blockwise, checks, meshes, paths
 from kljax._engine.blockwise import Rows
+from kljax._engine.classes import Classes
 from kljax._engine.paths import Path
-from kljax._engine.side import block_of, held, in_axes, with_infinity
-from kljax._reading import Inputs
+from kljax._engine.picks import Few, marked, picked
+from kljax._engine.side import block_of, compute_dtype, held, in_axes, with_infinity
+from kljax._reading import ClassAxisName, Inputs
 from kljax.distributions import Distribution, Head, Logits, TopK
-from kljax.distributions.top_k import log_sum_exp, marked
+from kljax.distributions.top_k import log_sum_exp
 
 
 def top_k(
@@ -26,6 +28,7 @@ def top_k(
     *,
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
+    class_axis_name: ClassAxisName | None = None,
 ) -> TopK:
     r"""Take the k best classes of each distribution, and the mass of the rest.
 
@@ -48,6 +51,8 @@ def top_k(
         k: How many classes to keep, at most V.
         where: bool, which classes exist, as in `forward_kl`; the others are padding.
         temperature: T; the loss must be given the same.
+        class_axis_name: Named mapped axes over which the classes are spread, as in `forward_kl`;
+            the indices number the whole vocabulary, the k best of all shards.
 
     Returns:
         A `TopK` with ``tail="bucket"``; `dataclasses.replace` gives it another tail.
@@ -65,8 +70,8 @@ def top_k(
     Source: the tail as one class: TRL's and DistillKit's sparse distillation; the bound is the
     data-processing inequality (Cover and Thomas, Elements of Information Theory, section 2.8).
     """
-    teacher = _read("top_k", logits, where, temperature)
-    k = checks.require_count("top_k", "k", k, teacher.layout.classes[0])
+    teacher = _read("top_k", logits, where, temperature, class_axis_name)
+    k = checks.require_count("top_k", "k", k, teacher.layout.all_classes)
     indices, log_probs, log_tail = _few(partial(_best, k), _path(teacher), teacher, ())
     return TopK(indices, log_probs, log_tail, temperature)
 
@@ -134,12 +139,19 @@ def _read(
     logits: ArrayLike | Logits | Head,
     where: ArrayLike | None,
     temperature: ArrayLike | None,
+    class_axis_name: ClassAxisName | None = None,
 ) -> Inputs:
     fits = isinstance(logits, Logits | Head) or not isinstance(logits, Distribution)
     checks.require_logits(caller, "logits", logits, fits=fits)
     if not isinstance(logits, Head):
         checks.require_class_axis(caller, "logits", np.shape(*jax.tree.leaves(logits)[:1]))
-    teacher = _reading.read(caller, {"logits": logits}, where=where, temperature=temperature)
+    teacher = _reading.read(
+        caller,
+        {"logits": logits},
+        where=where,
+        temperature=temperature,
+        class_axis_name=class_axis_name,
+    )
     (side,), layout = teacher.sides, teacher.layout
     sharding = meshes.of_first([x for x in jax.tree.leaves(side) if x.shape == layout.shape])
     if sharding is not None:
@@ -167,7 +179,8 @@ def _few(
         if classes.where is not None:
             x = jnp.where(classes.where, with_infinity(x), -jnp.inf)
         seen = side.view(classes, temperature, block_of((side,)))
-        found = choose(x, seen.log_probs, *more)
+        inverse = None if temperature is None else 1 / temperature
+        found = choose(_Teacher(x, inverse, seen.log_probs, classes), *more)
         return jnp.zeros(x.shape[:-1]), found  # of values there are none
 
     placed = teacher.place((None,))
@@ -179,19 +192,53 @@ def _few(
     return blockwise.values(of_block, path, lax.stop_gradient((placed, more)), axes)[1]
 
 
-def _best(count: int, logits: Array, log_probs: Array) -> tuple[Array, Array, Array]:
+class _Teacher(NamedTuple):
+    """A block of it."""
+
+    logits: Array
+    inverse_temperature: Array | None
+    log_probs: Array
+    classes: Classes
+
+
+def _best(count: int, teacher: _Teacher) -> tuple[Array, Array, Array]:
     """The best classes, and the mass of the rest."""
+    logits, held_here = teacher.logits, teacher.logits.shape[-1]
+    names, where = teacher.classes.names, teacher.classes.where
     # By the logits: log-probabilities are rounded once more, and then may tie.
-    indices = lax.top_k(lax.stop_gradient(logits), count)[1]
-    best = jnp.take_along_axis(log_probs, indices, axis=-1)
-    outside = jnp.where(marked(indices, log_probs.shape[-1]), -jnp.inf, log_probs)
-    return indices, best, log_sum_exp(outside)
+    values, indices = lax.top_k(lax.stop_gradient(logits), min(count, held_here))
+    if names:
+        indices = _best_of_shards(count, values, indices, held_here, names)
+    if meshes.explicit(logits):
+        best = jnp.take_along_axis(teacher.log_probs, indices, axis=-1)
+        outside = jnp.where(marked(indices, held_here), -jnp.inf, teacher.log_probs)
+        return indices, best, log_sum_exp(outside)
+    few = Few.among(indices, jnp.ones(indices.shape, bool), held_here, names)
+    best, rest = picked(logits, teacher.inverse_temperature, few)
+    if where is not None:  # of no classes all are padding
+        some = teacher.classes.any(where)
+        best, rest = jnp.where(some[..., None], best, -jnp.inf), jnp.where(some, rest, -jnp.inf)
+    return indices, best, rest
 
 
-def _drawn(
-    count: int, _: Array, log_probs: Array, keys: Array, power: Array
-) -> tuple[Array, Array]:
+def _best_of_shards(
+    count: int, values: Array, indices: Array, classes: int, names: tuple[str, ...]
+) -> Array:
+    """The numbers of the best among the best of each shard."""
+    numbers = indices + lax.axis_index(names).astype(indices.dtype) * classes
+    own = (jnp.arange(lax.axis_size(names)) == lax.axis_index(names))[:, None]
+
+    def gathered(x: Array) -> Array:  # as a sum, it is known to be the same on all shards
+        x = lax.psum(jnp.where(own, x[..., None, :], 0), names)
+        return x.reshape(*x.shape[:-2], -1)
+
+    best = lax.top_k(gathered(values.astype(compute_dtype(values))), count)[1]
+    return jnp.take_along_axis(gathered(numbers), best, axis=-1)
+
+
+def _drawn(count: int, teacher: _Teacher, keys: Array, power: Array) -> tuple[Array, Array]:
     """Classes drawn from p to a power, and the weights that make up for it."""
+    log_probs = teacher.log_probs
     tilted = log_probs * power.astype(log_probs.dtype)
     tilted = lax.stop_gradient(jnp.where(jnp.isneginf(log_probs), -jnp.inf, tilted))
 

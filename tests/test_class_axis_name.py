@@ -1,6 +1,7 @@
 """Classes spread over a mapped axis: what eight devices compute together is what one computes."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -217,18 +218,102 @@ def test_a_term_that_captures_in_blocks(rng):
     alike(*(f(x, y) for f in run))
 
 
+HIDDEN = 5
+HEADS = {
+    "head": {},
+    "transposed, softcap, scale, bias": {"transposed": True, "softcap": 3.0},
+    "top-k teacher": {},
+    "top-k, renormalized": {"tail": "renormalize"},
+}
+
+
+@pytest.mark.slow(but=["head", "top-k teacher"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize("case", HEADS)
+def test_a_kernel_spread_over_its_vocabulary(rng, case, blocks):
+    """Gradients to hidden states, kernel, bias and scale, each summed once over the shards."""
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    kernel, bias, hidden, scale = normal(HIDDEN, V), normal(V), normal(N, HIDDEN), jnp.float32(0.7)
+    teacher = normal(N, V)
+    options = {"temperature": 2.0, "reduction": "mean", "weights": WEIGHTS}
+    options |= {"implementation": kljax.Chunked(rows=4)} if blocks else {}
+    full = case.startswith("transposed")
+
+    def loss(kernel, bias, teacher, hidden, scale, class_axis_name=None):
+        given = (bias, 3.0, scale) if full else ()
+        student = kljax.Head(hidden, kernel.T if full else kernel, *given, transposed=full)
+        if case.startswith("top-k"):
+            teacher = kljax.top_k(teacher, 4, temperature=2.0, class_axis_name=class_axis_name)
+            teacher = replace(teacher, **HEADS[case])
+        return kljax.forward_kl(student, teacher, class_axis_name=class_axis_name, **options)
+
+    arguments = kernel, bias, teacher, hidden, scale
+    steps = tuple(jnp.cos(3 * x) for x in arguments)
+
+    def derivatives(loss):
+        gradient = jax.grad(loss, argnums=(0, 1, 3, 4))
+        return loss(*arguments), gradient(*arguments), jax.jvp(gradient, arguments, steps)[1]
+
+    sharded = on_a_mesh(loss, meshes(two=False), 3)
+    alike(jax.jit(partial(derivatives, sharded))(), jax.jit(partial(derivatives, loss))())
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize_both", "truncate"])
+def test_top_k_numbers_the_whole_vocabulary(rng, tail):
+    """The same classes, masses and losses as on one device; equality is exactly 0."""
+    x, y = (jnp.asarray(rng.normal(size=(N, V)), jnp.float32) for _ in range(2))
+
+    def few(y, where, class_axis_name=None):
+        best = kljax.top_k(y, 5, where=where, class_axis_name=class_axis_name)
+        return best.indices, best.log_probs, best.log_tail
+
+    def loss(x, y, where, class_axis_name=None):
+        best = kljax.top_k(y, 5, where=where, class_axis_name=class_axis_name)
+        best, options = replace(best, tail=tail), {"class_axis_name": class_axis_name}
+        return kljax.forward_kl(x, best, where=where, **options)
+
+    where, mesh = jnp.asarray(WHERE), meshes(two=True)
+    out = (P(), P(), P())
+    sharded = jax.shard_map(
+        partial(few, class_axis_name=mesh.axis_names),
+        mesh=mesh,
+        in_specs=(P(None, mesh.axis_names), P(mesh.axis_names)),
+        out_specs=out,
+    )
+    got, want = jax.jit(sharded)(y, where), few(y, where)
+    np.testing.assert_array_equal(got[0], want[0])
+    alike(got[1:], want[1:])
+    spread = jax.jit(on_a_mesh(loss, mesh, 3))
+    alike(spread(x, y, where), loss(x, y, where))
+    if tail != "truncate":
+        np.testing.assert_array_equal(spread(y, y, where), 0)
+
+
+def test_distillation_from_heads_with_metrics(rng):
+    """Both kernels spread, labels of the whole vocabulary: loss and every metric."""
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def loss(kernel, other, hidden, labels, class_axis_name=None):
+        return kljax.distillation_loss(
+            kljax.Head(hidden, kernel),
+            kljax.Head(hidden[:, :3], other),
+            labels,
+            temperature=2.0,
+            hard_weight=0.5,
+            class_axis_name=class_axis_name,
+        )
+
+    arguments = normal(HIDDEN, V), normal(3, V), normal(N, HIDDEN)
+    run = lambda f: jax.jit(jax.value_and_grad(f, (0, 2), has_aux=True))  # noqa: E731
+    sharded = on_a_mesh(loss, meshes(two=True), 2)
+    labels = jnp.asarray(LABELS)
+    alike(run(sharded)(*arguments, labels), run(loss)(*arguments, labels))
+
+
 def test_what_is_not_served_says_so():
     """Never a silent gather, or a softmax of each shard by itself."""
     x = jnp.zeros((N, V))
     for call, message in {
-        lambda: kljax.forward_kl(kljax.Head(x, jnp.ones((V, 4))), x[:, :4], class_axis_name="v"): (
-            "forward_kl: predictions must be an array, or labels, where class_axis_name is given; "
-            "got Head."
-        ),
-        lambda: kljax.forward_kl(x, kljax.top_k(x, 2), class_axis_name="v"): (
-            "forward_kl: targets must be an array, or labels, where class_axis_name is given; "
-            "got TopK."
-        ),
         lambda: kljax.forward_kl(x, x, axis=(0, 1), class_axis_name="v"): (
             "axis must be a single axis with class_axis_name; got 2 class axes."
         ),

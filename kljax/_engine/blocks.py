@@ -246,13 +246,16 @@ def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
     return tuple(sorted(frozenset().union(*names)))
 
 
-def aligned(leaves: Sequence[Array], but: tuple[str, ...] = ()) -> list[Array]:
+def aligned(
+    leaves: Sequence[Array], but: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> list[Array]:
     """The leaves, all varying over the same mesh axes inside `shard_map`.
 
     What is shared there gets its gradient summed over the mesh by JAX, not by the rules here; but
     over the axes that the classes are spread over, a block sums it.
     """
     names = tuple(name for name in varying(leaves) if name not in but)
+    names = tuple(name for name in names if only is None or name in only)
     lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
     return [
         lax.pcast(x, missing, to="varying") if missing else x

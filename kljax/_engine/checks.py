@@ -324,13 +324,6 @@ def require_all_classes(caller: str, argument: str, side: Any) -> None:
         fail(caller, argument, "an array of all classes", got, "Its terms are the whole array.")
 
 
-def require_no_class_axis_name(caller: str, argument: str, got: str, layout: Layout) -> None:
-    if layout.names:
-        expected = "an array, or labels, where class_axis_name is given"
-        remedy = f"{got} does not know how to share its classes among devices yet."
-        fail(caller, argument, expected, got, remedy)
-
-
 def require_implementation(
     caller: str, implementation: Any, chunked: type, *, only_whole: str | None, known: bool
 ) -> None:

@@ -42,6 +42,11 @@ class Layout(NamedTuple):
         """Of an array that has the batch axes, and them first."""
         return tuple(range(len(self.batch)))
 
+    @property
+    def all_classes(self) -> int:
+        """How many there are, on all shards together."""
+        return math.prod(self.classes) * lax.axis_size(self.names)
+
     def expand(self, x: Array) -> Array:
         """Give a shared distribution, or a mask of classes, the batch axes it lacks."""
         return x if x.ndim == len(self.shape) else jnp.expand_dims(x, self.batch_axes)

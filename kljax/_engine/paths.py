@@ -53,11 +53,13 @@ class _Budget(NamedTuple):
 # On CPU a block and what is made of it stays in a core's cache, as all of a small batch does;
 # unless there is a head: then the kernel and its gradient are passed over once a block, which a
 # hundred rows make up for. Elsewhere the compiler fuses whole arrays into as few passes as it can,
-# and only what must be made first, a head's logits or a top-k's complement, goes in blocks: of
-# thousands of tokens, to fill the device.
+# and only a head's logits, which must be made first, go in blocks: of thousands of tokens, to fill
+# the device.
 _CPU = _Budget(1 / 64, _MIB // 4, 2 * _MIB, 8 * _MIB)
 _CPU_HEAD = _Budget(1 / 16, _MIB // 4, 32 * _MIB, 4 * _MIB, least_rows=128)
-_ELSEWHERE_MADE = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
+_ELSEWHERE_HEAD = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
+# A TPU sets entries of a flat copy, which in a block of this size stays beside the processor.
+_TPU_TOP_K = _Budget(1, 64 * _MIB, 128 * _MIB, 128 * _MIB)
 # What such sums share NVIDIA's compiler stores.
 _GPU_SUMS = _Budget(1, 64 * _MIB, 64 * _MIB, 128 * _MIB)
 # Asked for by name, where arrays would go at once.
@@ -123,9 +125,9 @@ def choose(
     if implementation == "chunked":
         cpu, tpu, gpu = _CPU_CHUNKED, _ELSEWHERE_CHUNKED, _ELSEWHERE_CHUNKED
     if any(side.has_kernel for side in sides):
-        cpu = _CPU_HEAD
-    if makes_classes:
-        tpu = gpu = _ELSEWHERE_MADE
+        cpu, tpu, gpu = _CPU_HEAD, _ELSEWHERE_HEAD, _ELSEWHERE_HEAD
+    elif makes_classes:
+        tpu = _TPU_TOP_K
     arrays = [side.array for side in sides if side.array is not None]
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
     cut = partial(_blocks, batch, classes, itemsize)

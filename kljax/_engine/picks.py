@@ -22,6 +22,19 @@ class Few(NamedTuple):
     taken: Array  # of the classes that are held here, whether each is picked
     names: tuple[str, ...]  # the mapped axes over which the classes are spread
 
+    @classmethod
+    def among(cls, numbers: Array, valid: Array, classes: int, names: tuple[str, ...]) -> "Few":
+        """Of so many classes that are held here."""
+        few = cls(numbers, jnp.zeros((*numbers.shape[:-1], classes), bool), names)
+        few = few._replace(numbers=jnp.where(valid & (numbers < few.count), numbers, few.count))
+        places, here = few.places()
+        return few._replace(taken=marked(jnp.where(here, places, classes), classes))
+
+    @property
+    def count(self) -> int:
+        """Of all classes."""
+        return self.taken.shape[-1] * lax.axis_size(self.names)
+
     def places(self) -> tuple[Array, Array]:
         """Where to look among the classes that are held here, and whether one is there."""
         size = self.taken.shape[-1]
@@ -44,6 +57,17 @@ class Few(NamedTuple):
         for _ in x.shape[:-1]:  # mapped, not scattered with numbers of the batch: it stays spread
             put = jax.vmap(put)
         return put(x, jnp.where(here, places, beyond), values.astype(x.dtype))
+
+
+def marked(places: Array, classes: int) -> Array:
+    """Whether each class is among the places; those past the end are dropped."""
+
+    def one(places: Array) -> Array:
+        return jnp.zeros(classes, bool).at[places].set(True, mode="drop")
+
+    for _ in places.shape[:-1]:  # mapped, as in `put`
+        one = jax.vmap(one)
+    return one(places)
 
 
 def _put(x: Array, places: Array, values: Array) -> Array:
@@ -79,7 +103,7 @@ def picked(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _picked(names: Any, logits: Array, inverse: Array | None, arrays: Any, live: Any) -> Picked:
-    few = Few(*arrays, names)
+    few = Few(arrays[0], arrays[1], names)
     return _from_states(logits, inverse, few, _states(logits, inverse, few))
 
 
@@ -87,7 +111,7 @@ def _picked(names: Any, logits: Array, inverse: Array | None, arrays: Any, live:
 def _picked_jvp(names: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     logits, inverse, arrays, live = primals
     logits_dot, inverse_dot, *_ = tangents
-    few = Few(*arrays, names)
+    few = Few(arrays[0], arrays[1], names)
     out = _picked(names, logits, inverse, arrays, live)
     residuals = (logits, inverse, arrays, live, _states(logits, inverse, few))
     dot = linear.call(_along(names), residuals, logits_dot)
@@ -103,13 +127,9 @@ def _states(logits: Array, inverse: Array | None, few: Few) -> _States:
     outside = jnp.where(few.taken, jnp.array(-jnp.inf, logits.dtype), logits)
     rest = row_state(outside, inverse, (logits.ndim - 1,), dtype, few.names)
     inside = few.of(logits).astype(dtype)
-    mask = few.numbers < _past(few)
-    best = row_state(jnp.where(mask, inside, -jnp.inf), inverse, (logits.ndim - 1,), dtype)
+    inside = jnp.where(few.numbers < few.count, inside, -jnp.inf)
+    best = row_state(inside, inverse, (logits.ndim - 1,), dtype)
     return _States(rest, states.merge(rest, best, inverse))
-
-
-def _past(few: Few) -> int:
-    return few.taken.shape[-1] * (lax.axis_size(few.names) if few.names else 1)
 
 
 def _from_states(logits: Array, inverse: Array | None, few: Few, of: _States) -> Picked:
@@ -131,7 +151,7 @@ def _along(names: tuple[str, ...]) -> linear.Map:
 
     def apply(residuals: Any, step: Array) -> Picked:
         logits, inverse, arrays, _, of = residuals
-        few = Few(*arrays, names)
+        few = Few(arrays[0], arrays[1], names)
         step = _scaled(step.astype(of.whole.mass.dtype), inverse)
         total = lambda x: jnp.sum(x, axis=-1, keepdims=True)  # noqa: E731
         along = [total(_softmax(logits, inverse, state) * step) for state in (of.whole,)]
@@ -142,7 +162,7 @@ def _along(names: tuple[str, ...]) -> linear.Map:
 
     def transpose(residuals: Any, ct: Picked) -> Array:
         logits, inverse, arrays, live, of = residuals
-        few = Few(*arrays, names)
+        few = Few(arrays[0], arrays[1], names)
         to_rest = ct.rest[..., None]
         total = jnp.sum(ct.few, axis=-1, keepdims=True) + to_rest
         whole = _softmax(logits, inverse, of.whole)
@@ -157,7 +177,7 @@ def _along(names: tuple[str, ...]) -> linear.Map:
 
     def plainly(residuals: Any) -> Any:
         logits, inverse, arrays, *_ = residuals
-        return lambda logits: _plain(logits, inverse, Few(*arrays, names)), logits
+        return lambda logits: _plain(logits, inverse, Few(arrays[0], arrays[1], names)), logits
 
     def plain_apply(residuals: Any, step: Array) -> Picked:
         f, logits = plainly(residuals)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-
 # Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
 NEAR_PEAKS = 16
 

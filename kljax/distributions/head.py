@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from kljax._engine import checks
+from kljax._engine.blocks import aligned
 from kljax._engine.classes import Axes, Classes, Layout, Shape
 from kljax._engine.side import Classed, Pullback, Side, compute_dtype, held
 from kljax._engine.states import RowState
@@ -77,7 +78,6 @@ class Head(Classed):
 
     def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
         checks.require_classes_last(caller, argument, layout)
-        checks.require_no_class_axis_name(caller, argument, "Head", layout)
         return self
 
     def normalizes(self, temperature: Array | None) -> bool:
@@ -94,7 +94,10 @@ class Head(Classed):
         if hidden.ndim == len(layout.shape) and live is not None:
             hidden = jnp.where(live[..., None] | jnp.isfinite(hidden), hidden, 0)
         hidden = hidden.reshape((1,) * (len(layout.shape) - hidden.ndim) + hidden.shape)
-        return replace(self, hidden=hidden, kernel=kernel, bias=bias)
+        placed = replace(self, hidden=hidden, kernel=kernel, bias=bias)
+        # A shard's gradient to what all share is a part of it; so JAX adds up the parts, once.
+        leaves, tree = jax.tree.flatten(placed)
+        return tree.unflatten(aligned(leaves, only=layout.names))
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
         return (layout.per_example, *(None for _ in jax.tree.leaves(self)[1:]))

@@ -96,7 +96,6 @@ class TopK(Classed):
 
     def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
         checks.require_classes_last(caller, argument, layout)
-        checks.require_no_class_axis_name(caller, argument, "TopK", layout)
         checks.require_same_temperature(caller, self.temperature, temperature)
         one = 1.0 if self.temperature is None else self.temperature
         value_checks.check_same_temperature(
@@ -105,7 +104,7 @@ class TopK(Classed):
         return replace(self, temperature=None)
 
     def require_mass(self, caller: str, layout: Layout) -> None:
-        complete = jnp.shape(self.indices)[-1:] == layout.classes  # there is no rest
+        complete = jnp.shape(self.indices)[-1] == layout.all_classes  # there is no rest
         checks.require_tail(caller, self.tail, complete or self.log_tail is not None)
 
     def normalizes(self, temperature: Array | None) -> bool:
@@ -154,7 +153,9 @@ class TopK(Classed):
         wholes = [jax.tree.leaves(side)[0] for side in others[:1]]
         wholes += [] if where is None else [where]
         best = _unless_dead(log_probs, live).astype(dtype)
-        given = held(self.indices), best, _allowed(held(self.indices), where)
+        held_here = wholes[0].shape[-1] if wholes else 0
+        count = held_here * lax.axis_size(classes.names)
+        given = held(self.indices), best, _allowed(held(self.indices), where, classes.names)
         batch = jnp.broadcast_shapes(*(x.shape[:-1] for x in (*given, *wholes)))
         indices, best, exists = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in given)
         given_mass = ~jnp.isneginf(best)
@@ -162,10 +163,14 @@ class TopK(Classed):
 
         sides, all_taken = [], jnp.zeros(batch, bool)
         if wholes:  # else what classes there are is not known
-            few, all_taken = _taken(indices, valid, where, wholes[0])
+            few = Few.among(indices, valid & (indices >= 0), held_here, classes.names)
+            few = few._replace(taken=meshes.spread(few.taken, meshes.of_first(wholes[:1])))
+            if where is not None or indices.shape[-1] >= count:
+                left = ~few.taken if where is None else where & ~few.taken
+                all_taken = ~replace(classes, axis=(left.ndim - 1,)).any(left)
             for side in others[:1]:
                 seen = _split(side, classes, temperature, few, live)
-                best_seen = nan_unless(_inside(indices, few.taken.shape[-1]), seen.few)
+                best_seen = nan_unless(_inside(indices, count), seen.few)
                 sides.append(_Seen(jnp.where(valid, best_seen, -jnp.inf), seen.rest))
         rest = _rest(self.log_tail, best, all_taken, live)
         sides.append(_Seen(jnp.where(valid, best, -jnp.inf), rest))
@@ -184,7 +189,7 @@ class TopK(Classed):
 
     def best(self, classes: Classes) -> Array:
         indices, log_probs = held(self.indices), held(self.log_probs)
-        allowed = _allowed(indices, classes.where)
+        allowed = _allowed(indices, classes.where, classes.names)
         log_probs = jnp.where(allowed, with_infinity(log_probs), -jnp.inf)
         first = jnp.argmax(log_probs, axis=-1, keepdims=True)
         return jnp.take_along_axis(jnp.broadcast_to(indices, log_probs.shape), first, axis=-1)[
@@ -199,15 +204,6 @@ class _Seen(NamedTuple):
     rest: Array
 
 
-def _taken(indices: Array, valid: Array, where: Array | None, whole: Array) -> tuple[Few, Array]:
-    """Which classes are K, and whether none is left for the rest."""
-    classes = whole.shape[-1]
-    places = jnp.where(valid & _inside(indices, classes), indices, classes)  # one past: dropped
-    taken = meshes.spread(marked(places, classes), meshes.of_first([whole]))
-    left = ~taken if where is None else where & ~taken
-    return Few(places, taken, ()), ~jnp.any(left, axis=-1)
-
-
 def _split(
     side: Classed, classes: Classes, temperature: Array | None, few: Few, live: Array | None
 ) -> Picked:
@@ -220,37 +216,28 @@ def _split(
     side = jax.tree.map(lambda x: _unless_dead(x, live), side)
     log_probs = side.view(classes, temperature, block_of((side,))).log_probs
     log_probs = jnp.broadcast_to(log_probs, shape)
+    rest = log_sum_exp(jnp.where(few.taken, -jnp.inf, log_probs), few.names)
+    if few.names:
+        return Picked(few.of(log_probs), rest)
     places, here = few.places()
-    best = meshes.take(log_probs, jnp.where(here, places, 0))
-    return Picked(best, log_sum_exp(jnp.where(few.taken, -jnp.inf, log_probs)))
+    return Picked(meshes.take(log_probs, jnp.where(here, places, 0)), rest)
 
 
-def _allowed(indices: Array, where: Array | None) -> Array:
+def _allowed(indices: Array, where: Array | None, names: tuple[str, ...]) -> Array:
     """Whether `where` lets each class be; one out of range stays, to give NaN."""
     if where is None:
         return jnp.ones(indices.shape, bool)
     batch = jnp.broadcast_shapes(indices.shape[:-1], where.shape[:-1])
     indices, where = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (indices, where))
-    inside = _inside(indices, where.shape[-1])
+    inside = _inside(indices, where.shape[-1] * lax.axis_size(names))
+    if names:
+        few = Few(jnp.where(inside, indices, 0), where, names)
+        return ~inside | (few.of(where.astype(jnp.int32)) > 0)
     return ~inside | meshes.take(where, jnp.where(inside, indices, 0))
 
 
 def _inside(indices: Array, classes: int) -> Array:
     return (indices >= 0) & (indices < classes)
-
-
-def marked(indices: Array, classes: int) -> Array:
-    """Whether each class is among the indices; those past the end are dropped.
-
-    Mapped over the batch, not scattered with indices of it: so a spread batch stays spread.
-    """
-
-    def one(indices: Array) -> Array:
-        return jnp.zeros(classes, bool).at[indices].set(True, mode="drop")
-
-    for _ in indices.shape[:-1]:
-        one = jax.vmap(one)
-    return one(indices)
 
 
 def _rest(log_tail: ArrayLike | None, best: Array, all_taken: Array, live: Array | None) -> Array:
@@ -298,11 +285,13 @@ def _unless_dead(x: Array, live: Array | None) -> Array:
     return jnp.where((live != 0)[..., None] | jnp.isfinite(x) | jnp.isneginf(x), x, 0)
 
 
-def log_sum_exp(log_probs: Array) -> Array:
+def log_sum_exp(log_probs: Array, names: tuple[str, ...] = ()) -> Array:
     """log Σ exp over the last axis; -inf of nothing, with a derivative of 0."""
     peak = lax.stop_gradient(jnp.max(log_probs, axis=-1, keepdims=True, initial=-jnp.inf))
+    peak = lax.pmax(peak, names) if names else peak
     peak = jnp.where(jnp.isneginf(peak), 0, peak)
     total = jnp.sum(jnp.exp(log_probs - peak), axis=-1)
+    total = lax.psum(total, names) if names else total
     none = total == 0
     return jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, total)) + peak[..., 0])
 
