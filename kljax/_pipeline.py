@@ -16,7 +16,7 @@ from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine import loss as losses
 from kljax._engine.formula import Formula, Loss
 from kljax._engine.paths import Implementation, Path
-from kljax._engine.side import block_of, compute_dtype
+from kljax._engine.side import Rows, block_of, compute_dtype
 from kljax._engine.terms import weigh
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.reduction import AxisName, Reduction, Weighting
@@ -126,6 +126,7 @@ def example_values(loss: Loss) -> Array:
         loss,
         formula=_UNIFORM,
         sides=loss.sides[:1],
+        rows=Rows(loss.rows.states[:1]) if loss.rows else None,
         params={},
         factor=share if loss.factor is None else loss.factor * share,
     )

@@ -26,13 +26,15 @@ class Few(NamedTuple):
     def among(cls, numbers: Array, valid: Array, classes: int, names: tuple[str, ...]) -> "Few":
         """Of so many classes that are held here."""
         few = cls(numbers, jnp.zeros((*numbers.shape[:-1], classes), bool), names)
-        few = few._replace(numbers=jnp.where(valid & (numbers < few.count), numbers, few.count))
+        few = few._replace(
+            numbers=jnp.where(valid & (numbers < few.all_classes), numbers, few.all_classes)
+        )
         places, here = few.places()
         return few._replace(taken=marked(jnp.where(here, places, classes), classes))
 
     @property
-    def count(self) -> int:
-        """Of all classes."""
+    def all_classes(self) -> int:
+        """How many there are, on all shards together."""
         return self.taken.shape[-1] * lax.axis_size(self.names)
 
     def places(self) -> tuple[Array, Array]:
@@ -127,7 +129,7 @@ def _states(logits: Array, inverse: Array | None, few: Few) -> _States:
     outside = jnp.where(few.taken, jnp.array(-jnp.inf, logits.dtype), logits)
     rest = row_state(outside, inverse, (logits.ndim - 1,), dtype, few.names)
     inside = few.of(logits).astype(dtype)
-    inside = jnp.where(few.numbers < few.count, inside, -jnp.inf)
+    inside = jnp.where(few.numbers < few.all_classes, inside, -jnp.inf)
     best = row_state(inside, inverse, (logits.ndim - 1,), dtype)
     return _States(rest, states.merge(rest, best, inverse))
 
