@@ -308,18 +308,18 @@ def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
     path = run.path
     if path.whole:
         return compute(path.cpu, *args)
-    local = bool(varying(args))
 
-    def at(platform: str, alone: bool) -> Callable[..., Tree]:
-        once = platform == "cpu"
-        return partial(compute, path.on(platform)._replace(neighbours=alone, cut_once=once))
+    def on(platform: str, devices: int) -> Callable[..., Tree]:
+        cut = path.on(platform, devices)
+        cut = cut._replace(neighbours=devices == 1, cut_once=platform == "cpu")
+        return partial(compute, cut)
 
-    if not (local or path.names):
-        # As one block all shapes are the same, and there is no loop to trace.
-        like = jax.eval_shape(partial(compute, whole(run.batch)), *args)
-        return lowering.choose(at, like, *args)
-    platforms = {name: at(name, local) for name in ("cpu", "tpu")}
-    return lax.platform_dependent(*args, default=at("cuda", local), **platforms)
+    if path.names or varying(args):  # what is mapped by hand is on one device
+        platforms = {name: on(name, 1) for name in ("cpu", "tpu")}
+        return lax.platform_dependent(*args, default=on("cuda", 1), **platforms)
+    # As one block all shapes are the same, and there is no loop to trace.
+    like = jax.eval_shape(partial(compute, whole(run.batch)), *args)
+    return lowering.choose(on, like, *args)
 
 
 def _per_example(run: Run, leaves: Any) -> list[Axes]:

@@ -1,7 +1,7 @@
 """A choice among ways to compute the same, made when the program is lowered.
 
-Then the platform is known, and whether the program runs on one device alone. What is not chosen is
-never traced.
+Then the platform is known, and on how many devices the program runs. What is not chosen is never
+traced.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.interpreters import batching, mlir
 
 Tree = Any
-Choose = Callable[[str, bool], Callable[..., Tree]]  # (platform, whether one device is all)
+Choose = Callable[[str, int], Callable[..., Tree]]  # (platform, number of devices)
 
 _KNOWN = ("cpu", "tpu", "cuda")  # of any other platform we know as much as of the last
 
@@ -22,7 +22,7 @@ def choose(choose: Choose, like: Tree, *args: Array) -> Tree:
     """Compute what is chosen; no named axis need be in scope for it.
 
     Args:
-        choose: Of a platform, and of whether the program runs on one device alone, the function.
+        choose: Of a platform and a number of devices, the function.
         like: Of the shapes and dtypes of the result.
         *args: What the function is applied to.
     """
@@ -37,36 +37,36 @@ def _primitive() -> Any:
 
     primitive = Primitive("kljax_choice")
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, choose, avals: _on_any(_KNOWN, choose, alone=True)(*args))
+    primitive.def_impl(lambda *args, choose, avals: _on_any(_KNOWN, choose, 1)(*args))
     primitive.def_abstract_eval(lambda *_, choose, avals: list(avals))
     mlir.register_lowering(primitive, _lower)
     batching.primitive_batchers[primitive] = _batch
     return primitive
 
 
-def _on_any(platforms: Any, choose: Choose, *, alone: bool) -> Callable[..., list[Array]]:
+def _on_any(platforms: Any, choose: Choose, devices: int) -> Callable[..., list[Array]]:
     def compute(*args: Array) -> list[Array]:
         if len(platforms) == 1:
-            return jax.tree.leaves(choose(platforms[0], alone)(*args))
+            return jax.tree.leaves(choose(platforms[0], devices)(*args))
         *first, last = platforms
-        branches = {platform: choose(platform, alone) for platform in first}
+        branches = {platform: choose(platform, devices) for platform in first}
         return jax.tree.leaves(
-            lax.platform_dependent(*args, default=choose(last, alone), **branches)
+            lax.platform_dependent(*args, default=choose(last, devices), **branches)
         )
 
     return compute
 
 
 def _lower(ctx: Any, *args: Any, choose: Choose, avals: Any) -> Any:
-    alone = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
     platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    rule = mlir.lower_fun(_on_any(platforms, choose, alone=alone), multiple_results=True)
+    rule = mlir.lower_fun(_on_any(platforms, choose, devices), multiple_results=True)
     return rule(ctx, *args)
 
 
 def _batch(args: Any, dims: Any, *, choose: Choose, avals: Any) -> Any:
-    def mapped(platform: str, alone: bool) -> Callable[..., list[Array]]:
-        compute = choose(platform, alone)
+    def mapped(platform: str, devices: int) -> Callable[..., list[Array]]:
+        compute = choose(platform, devices)
         return jax.vmap(lambda *args: jax.tree.leaves(compute(*args)), in_axes=tuple(dims))
 
     size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)

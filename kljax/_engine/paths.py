@@ -67,6 +67,11 @@ _CPU_CHUNKED = _CPU._replace(at_once=_MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)
 
 
+# Where nothing tells how a batch is spread over several devices, a kernel is not passed over, and
+# moved between them, more often than this.
+_MOST_TURNS = 16
+
+
 class Path(NamedTuple):
     """How the batch is cut; which of these is known when the program is lowered."""
 
@@ -74,11 +79,13 @@ class Path(NamedTuple):
     tpu: Blocks
     gpu: Blocks  # and what we do not know
     names: tuple[str, ...] = ()  # the mapped axes over which a block's classes are spread
+    devices: int = 0  # of the mesh that is set
+    exact: bool = False  # as asked for, on any number of devices
 
     @property
     def whole(self) -> bool:
         """Whether nothing is cut anywhere."""
-        return all(cut.single for cut in (self.cpu, self.tpu, self.gpu))
+        return all(cut.single for cut in self.cuts)
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -88,8 +95,14 @@ class Path(NamedTuple):
     def cuts(self) -> tuple[Blocks, ...]:
         return self.cpu, self.tpu, self.gpu
 
-    def on(self, platform: str) -> Blocks:
-        return {"cpu": self.cpu, "tpu": self.tpu}.get(platform, self.gpu)
+    def on(self, platform: str, devices: int = 1) -> Blocks:
+        """The blocks of a program for so many devices; each holds a part of every block."""
+        cut = {"cpu": self.cpu, "tpu": self.tpu}.get(platform, self.gpu)
+        if devices == 1 or self.exact or cut.single:
+            return cut
+        rows, most = math.prod(cut.extents), math.prod(self.batch) // _MOST_TURNS
+        rows = rows * self.devices if self.devices else min(rows * devices, max(rows, most))
+        return fitting(self.batch, rows)
 
 
 def choose(
@@ -115,7 +128,7 @@ def choose(
     )
     if isinstance(implementation, Chunked):
         rows = exactly(batch, implementation.rows)
-        return Path(rows, rows, rows, layout.names)
+        return Path(rows, rows, rows, layout.names, exact=True)
     makes_classes = any(side.makes_classes for side in sides)
     if implementation == "dense" or only_whole or not known or math.prod(layout.shape) == 0:
         return all_at_once(batch)
@@ -131,7 +144,9 @@ def choose(
     arrays = [side.array for side in sides if side.array is not None]
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
     cut = partial(_blocks, batch, classes, itemsize)
-    return Path(cut(cpu), cut(tpu), cut(gpu), layout.names)
+    mesh = jax.sharding.get_abstract_mesh()
+    cuts = cut(cpu), cut(tpu), cut(gpu)
+    return Path(*cuts, layout.names, 0 if mesh.empty else mesh.size, exact=capturing)
 
 
 def all_at_once(batch: tuple[int, ...]) -> Path:
