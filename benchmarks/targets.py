@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 # A TPU compiler reads these when it is loaded.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -102,7 +102,7 @@ def in_another_process(module: str, target: str, *options: str, timeout: float =
     if missing := TARGETS[target].missing:
         return missing
     command = [sys.executable, "-m", module, "--only", target, *options]
-    environment = {**os.environ, **_ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=timeout

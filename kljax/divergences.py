@@ -318,9 +318,8 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
         normalizer: With "mean", what to divide by instead; already global. 0 gives 0.
         axis_name: Named mapped axes to sum numerator and denominator over before dividing.
         class_axis_name: Named mapped axes over which the classes are spread, in equal shards in
-            the order of the axes; labels number the whole vocabulary, and the result is that of
-            the whole. Without it each shard is a distribution of its own. Not for `Head` or
-            `TopK` yet.
+            the order of the axes; labels and top-k indices number the whole vocabulary, and the
+            result is that of the whole. Without it each shard is a distribution of its own.
         implementation: None chooses; "dense" is the whole batch at once, "chunked" a block of
             examples at a time, ``Chunked(rows=…)`` so many at a time.
 

@@ -1,6 +1,8 @@
 """Tests see what users run: float32 unless a test asks for float64, and no silent promotion.
 
-`pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow.
+`pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow;
+`pytest --aot v5e` what the TPU's compiler makes of it, `--aot H200` what NVIDIA's does.
+`--as-on tpu` takes the choices that are made on that platform, and runs them here.
 """
 
 from functools import partial
@@ -17,12 +19,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def pytest_addoption(parser):
     parser.addoption("--rest", action="store_true", help="run the slow tests, and only those")
     parser.addoption(
+        "--aot", help="run the tests that compile for this accelerator, and only those"
+    )
+    parser.addoption(
         "--as-on", choices=["tpu", "cuda"], help="take each platform's choice as there, and run it"
     )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow(but=()): one of the rest; but for cases so named")
+    config.addinivalue_line("markers", "aot: compiles for an accelerator that need not be here")
     if platform := config.getoption("--as-on"):
         jax.lax.platform_dependent = partial(chosen, platform)
 
@@ -35,7 +41,9 @@ def chosen(platform, *operands, default=None, **branches):
 def pytest_collection_modifyitems(config, items):
     kept, others = [], []
     for item in items:
-        (kept if is_slow(item) == config.getoption("rest") else others).append(item)
+        asked = config.getoption("--aot") is not None, config.getoption("rest")
+        is_aot = item.get_closest_marker("aot") is not None
+        (kept if (is_aot, is_slow(item)) == asked else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = kept

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kljax
+from kljax._engine import lowering
 from kljax._engine.blocks import Blocks, exactly, fitting, rescale, sweep, whole
 
 CUTS = [
@@ -112,3 +113,34 @@ def test_narrow_indices_of_a_top_k(dtype):
     teacher = kljax.TopK(jnp.array([3, 100], dtype), jnp.log(jnp.array([0.5, 0.25])))
     wide = kljax.TopK(jnp.array([3, 100]), teacher.log_probs)
     np.testing.assert_array_equal(kljax.forward_kl(x, teacher), kljax.forward_kl(x, wide))
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_number_of_devices_is_known_when_a_program_is_lowered(count):
+    """If this fails, `kljax/_engine/lowering.py` reads what JAX has moved."""
+    seen = []
+
+    def on(platform, devices):
+        seen.append((platform, devices))
+        return lambda x: 2 * x
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("d",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    x = jax.device_put(jnp.arange(8.0), spread)
+    f = jax.jit(lambda x: lowering.choose(on, x, x))
+    np.testing.assert_array_equal(f(x), 2 * np.arange(8))
+    assert set(seen) == {("cpu", count)}
+    np.testing.assert_array_equal(jax.vmap(f)(x[:, None]), 2 * np.arange(8)[:, None])
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("cut", [fitting((64, 3), 24), exactly((10,), 4)])
+def test_whichever_rows_a_block_takes(cut, neighbours):
+    """All rows once, in their places."""
+    cut = cut._replace(neighbours=neighbours, cut_once=False)
+    x = jnp.arange(2.0 * np.prod(cut.batch)).reshape(*cut.batch, 2)
+    axes = tuple(range(len(cut.batch)))
+    body = lambda block: ([block[0].sum()], [jnp.sin(block[0]).sum(-1)])  # noqa: E731
+    (total,), (rows,) = jax.jit(lambda x: sweep(cut, [x], [axes], body, [axes]))(x)
+    np.testing.assert_allclose(total, x.sum())
+    np.testing.assert_array_equal(rows, jnp.sin(x).sum(-1))
