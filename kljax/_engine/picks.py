@@ -129,8 +129,11 @@ def _states(logits: Array, inverse: Array | None, few: Few) -> _States:
     outside = jnp.where(few.taken, jnp.array(-jnp.inf, logits.dtype), logits)
     rest = row_state(outside, inverse, (logits.ndim - 1,), dtype, few.names)
     inside = few.of(logits).astype(dtype)
-    inside = jnp.where(few.numbers < few.all_classes, inside, -jnp.inf)
-    best = row_state(inside, inverse, (logits.ndim - 1,), dtype)
+    none = (few.numbers >= few.all_classes) | jnp.isneginf(inside)
+    inside = jnp.where(none, jnp.finfo(dtype).min, inside)
+    peak = lax.stop_gradient(jnp.max(inside, axis=-1, keepdims=True))
+    masses = jnp.where(none, 0, jnp.exp(_scaled(jnp.where(none, 0, inside - peak), inverse)))
+    best = RowState(peak, jnp.sum(masses, axis=-1, keepdims=True))
     return _States(rest, states.merge(rest, best, inverse))
 
 
