@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from kljax._engine import lowering
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -31,6 +33,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "aot: compiles for an accelerator that need not be here")
     if platform := config.getoption("--as-on"):
         jax.lax.platform_dependent = partial(chosen, platform)
+        lowering._platforms = lambda ctx: (platform,)
 
 
 def chosen(platform, *operands, default=None, **branches):

@@ -49,7 +49,6 @@ ORDER = [
     "kljax._engine.blockwise",
     "kljax._engine.paths",
     "kljax._engine.loss",
-    "kljax._engine.lowering",
     "kljax._engine.picks",
     "kljax._engine.linear",
     "kljax._engine.blocks",
@@ -60,8 +59,9 @@ ORDER = [
     "kljax._engine.checks",
     "kljax._engine.pairs",
     "kljax._engine.classes",
-    "kljax._engine.meshes",
     "kljax._engine.states",
+    "kljax._engine.lowering",
+    "kljax._engine.meshes",
     "kljax._engine.terms",
     "kljax._engine",
 ]

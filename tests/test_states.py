@@ -12,6 +12,7 @@ from helpers import assert_close
 from jax import lax
 
 import kljax
+from kljax._engine import lowering
 from kljax._engine.states import RowState, empty, merge, row_state
 
 INF, NAN = np.inf, np.nan
@@ -33,6 +34,7 @@ def on_accelerator(monkeypatch, request):
     """Take every platform's choice as for a TPU or GPU, and run it here."""
     jax.clear_caches()
     monkeypatch.setattr(lax, "platform_dependent", partial(chosen, request.param))
+    monkeypatch.setattr(lowering, "_platforms", lambda ctx: (request.param,))
     yield
     jax.clear_caches()
 

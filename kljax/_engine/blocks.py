@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kljax._engine.classes import Axes
+from kljax._engine.meshes import varying
 
 # An axis keeps at least this many rows in a block, so that as many devices can share it.
 _SPREAD = 8
@@ -238,12 +239,6 @@ def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.ShapeDtypeStruct) -> Ar
     kind, fresh = like.manual_axis_type, jnp.zeros(shape, dtype)
     names = tuple(sorted(kind.varying)) if kind else ()
     return lax.pcast(fresh, names, to="varying") if names else fresh
-
-
-def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
-    """The mesh axes that any of the arrays varies over inside `shard_map`."""
-    names = (jax.typeof(x).manual_axis_type.varying for x in leaves)
-    return tuple(sorted(frozenset().union(*names)))
 
 
 def aligned(

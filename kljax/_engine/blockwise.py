@@ -16,8 +16,9 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from kljax._engine import linear, lowering
-from kljax._engine.blocks import Blocks, aligned, rescale, sweep, times, varying, whole, widened
+from kljax._engine.blocks import Blocks, aligned, rescale, sweep, times, whole, widened
 from kljax._engine.classes import Axes
+from kljax._engine.meshes import varying
 from kljax._engine.paths import Path
 from kljax._engine.side import Classed
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine import linear
-from kljax._engine.blocks import aligned, varying
+from kljax._engine import linear, lowering
+from kljax._engine.blocks import aligned
 from kljax._engine.classes import Classes
 from kljax._engine.formula import Formula, Loss
+from kljax._engine.meshes import varying
 from kljax._engine.rows import rows, rows_dot, together
-from kljax._engine.side import ABSENT, Rows, View, held
+from kljax._engine.side import ABSENT, Rows, View, block_of, held
+from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless, term_generalized_kl, weigh
 
 
@@ -51,7 +53,23 @@ def _total(loss: Loss) -> Array:
     if loss.formula.directions is None or loss.rows:
         return _summed(loss, loss.rows)
     # Where memory is the limit the two states tell the divergence: one pass, not two.
-    return lax.platform_dependent(loss, cpu=lambda loss: _summed(loss, None), default=_in_one_pass)
+    return _by_platform(
+        loss,
+        lambda state, value: value,
+        cpu=lambda loss: _summed(loss, None),
+        default=_in_one_pass,
+    )
+
+
+def _by_platform(loss: Loss, like: Callable[[Any, Any], Any], **ways: Any) -> Any:
+    """The platform's way; `like` tells its result from a row's number with axes and without."""
+    if loss.classes.names:
+        return lax.platform_dependent(loss, **ways)
+    whole, axis = block_of(loss.sides), loss.classes.axis
+    kept = tuple(1 if i in axis else n for i, n in enumerate(whole.shape))
+    batch = tuple(n for i, n in enumerate(whole.shape) if i not in axis)
+    number = partial(jax.ShapeDtypeStruct, dtype=whole.dtype)
+    return lowering.by_platform(like(number(kept), number(batch)), loss, **ways)
 
 
 def _in_one_pass(loss: Loss) -> Array:
@@ -131,8 +149,14 @@ def _known(loss: Loss, asked: tuple[int, ...]) -> _Known:
     # pass; NVIDIA's compiler would store what the two share.
     apart = partial(_one_by_one, asked=asked, refined=False)
     at_once = partial(_known_at_once, asked=asked)
-    return lax.platform_dependent(
+
+    def like(state: Any, value: Any) -> _Known:
+        both = Rows((RowState(state, state), RowState(state, state)), state)
+        return _Known(both, value, tuple(value if i in asked else None for i in range(2)))
+
+    return _by_platform(
         loss,
+        like,
         cpu=partial(_one_by_one, asked=asked, refined=not loss.classes.names),
         tpu=at_once if any(directions[i] for i in asked) else apart,
         default=at_once,

@@ -12,6 +12,8 @@ import jax
 from jax import Array, lax
 from jax.interpreters import batching, mlir
 
+from kljax._engine import meshes
+
 Tree = Any
 Choose = Callable[[str, int], Callable[..., Tree]]  # (platform, number of devices)
 
@@ -29,6 +31,21 @@ def choose(choose: Choose, like: Tree, *args: Array) -> Tree:
     leaves, tree = jax.tree.flatten(like)
     avals = tuple(jax.typeof(leaf) for leaf in leaves)
     return tree.unflatten(_primitive().bind(*args, choose=choose, avals=avals))
+
+
+def by_platform(like: Tree, *args: Tree, default: Callable[..., Tree], **ways: Any) -> Tree:
+    """The platform's way: `lax.platform_dependent`, which traces them all, only where it must be.
+
+    That is where arrays are mapped by hand or on explicit meshes. It has no derivative.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    if meshes.varying(leaves) or meshes.explicit(leaves):
+        return lax.platform_dependent(*args, default=default, **ways)
+
+    def on(platform: str, devices: int) -> Callable[..., Tree]:
+        return lambda *leaves: ways.get(platform, default)(*jax.tree.unflatten(tree, leaves))
+
+    return choose(on, like, *leaves)
 
 
 @cache
@@ -59,9 +76,12 @@ def _on_any(platforms: Any, choose: Choose, devices: int) -> Callable[..., list[
 
 def _lower(ctx: Any, *args: Any, choose: Choose, avals: Any) -> Any:
     devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
-    platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-    rule = mlir.lower_fun(_on_any(platforms, choose, devices), multiple_results=True)
+    rule = mlir.lower_fun(_on_any(_platforms(ctx), choose, devices), multiple_results=True)
     return rule(ctx, *args)
+
+
+def _platforms(ctx: Any) -> tuple[str, ...]:
+    return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
 def _batch(args: Any, dims: Any, *, choose: Choose, avals: Any) -> Any:

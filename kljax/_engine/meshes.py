@@ -18,6 +18,12 @@ def explicit(tree: Any) -> bool:
     return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
+def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
+    """The mesh axes that any of the arrays varies over inside `shard_map`."""
+    names = (jax.typeof(x).manual_axis_type.varying for x in leaves)
+    return tuple(sorted(frozenset().union(*names)))
+
+
 def of_first(arrays: Sequence[Array]) -> NamedSharding | None:
     """The sharding of the first array that is spread over explicit axes."""
     shardings = (jax.typeof(x).sharding for x in arrays)

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 import jax
 
 from kljax._engine import checks, meshes
-from kljax._engine.blocks import Blocks, exactly, fitting, varying, whole
+from kljax._engine.blocks import Blocks, exactly, fitting, whole
 from kljax._engine.classes import Layout
+from kljax._engine.meshes import varying
 from kljax._engine.side import Classed
 
 

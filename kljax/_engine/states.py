@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kljax._engine import lowering
+
 # Peaks nearer than this lose less in a difference of logits than logits lose below their peaks.
 NEAR_PEAKS = 16
 
@@ -60,7 +62,10 @@ def row_state(
         shape = jnp.broadcast_shapes(x.shape, inverse_temperature.shape)
         operands = (jnp.broadcast_to(x, shape), inverse_temperature)
     # Where memory is the limit, one pass; a CPU is faster in two passes of simple reductions.
-    state = lax.platform_dependent(
+    shape = tuple(1 if i in axis else n for i, n in enumerate(operands[0].shape))
+    like = RowState(*2 * [jax.ShapeDtypeStruct(shape, dtype)])
+    state = lowering.by_platform(
+        like,
         *operands,
         cpu=partial(_in_two_passes, axis=axis, dtype=dtype),
         default=partial(_in_one_pass, axis=axis, dtype=dtype),
