@@ -40,9 +40,10 @@ from kljax.sparse import top_k as top_k
 
 if _typing.TYPE_CHECKING:
     from kljax import compat as compat
+    from kljax import families as families
     from kljax import metrics as metrics
 
-_LAZY = ("compat", "metrics")  # loaded when they are asked for
+_LAZY = ("compat", "families", "metrics")  # loaded when they are asked for
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from kljax import _reading
+from kljax import _closed_forms, _reading
 from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine import loss as losses
 from kljax._engine.formula import Formula, Loss
@@ -27,6 +27,8 @@ def evaluate(
 ) -> Array:
     """One value per example, or one number; a misspelt option is told the nearest."""
     checks.require_options(formula.name, options, OPTIONS)
+    if _closed_forms.are_asked_for(given):
+        return _closed_forms.evaluate(formula, given, **options)
     return _evaluate(formula, given, params, **options)
 
 

@@ -103,5 +103,7 @@ def read(
 
 
 def _read_side(caller: str, argument: str, value: Any) -> Classed:
+    are_classes = isinstance(value, Classed) or not isinstance(value, Distribution)
+    checks.require_classed(caller, argument, value, are_classes)
     side = value if isinstance(value, Classed) else Bare(value)
     return side.read(caller, argument)

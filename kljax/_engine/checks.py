@@ -8,7 +8,7 @@ values is reported by `value_checks`, and only where the user asked for it.
 import difflib
 import numbers
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn, TypeVar
 
 import chex
@@ -21,6 +21,7 @@ from jax.core import Tracer
 from kljax._engine.classes import Layout, Shape
 
 T = TypeVar("T")
+Names = tuple[str, ...]
 
 
 def fail(caller: str, argument: str, expected: str, got: str, remedy: str) -> NoReturn:
@@ -429,7 +430,7 @@ def _require_real(x: Array, caller: str, argument: str, expected: str, remedy: s
         require_type(x, float, caller, argument, expected, remedy)
 
 
-def _and(sizes: Shape) -> str:
+def _and(sizes: Iterable[Any]) -> str:
     return " and ".join(map(str, sizes))
 
 
@@ -453,6 +454,80 @@ def _is_static(value: Any) -> bool:
     if isinstance(value, Array):
         return not isinstance(value, Tracer) and value.is_fully_addressable
     return isinstance(value, numbers.Real | np.ndarray)
+
+
+# ---- parametric families ----
+
+
+def require_one_of(caller: str, argument: str, given: tuple[str, ...], one_of: Names) -> None:
+    """Exactly one of the parameters that say the same."""
+    found = [name for name in one_of if name in given]
+    if one_of and len(found) != 1:
+        got = _and(found) if found else "none of them"
+        fail(caller, argument, f"made of one of {', '.join(one_of)}", got, "They say the same.")
+
+
+def require_event(caller: str, argument: str, x: Array, event_axes: int) -> None:
+    _require_real(x, caller, argument, "real numbers", "Convert them.")
+    if x.ndim < event_axes:
+        expected = f"an array of at least {event_axes} axes"
+        fail(caller, argument, expected, f"shape {x.shape}", "Its last axes are the event's.")
+    if event_axes == 2 and x.shape[-1] != x.shape[-2]:
+        fail(caller, argument, "square matrices", f"shape {x.shape}", "They are the last two axes.")
+
+
+def require_broadcasting(
+    caller: str, argument: str, shape: Callable[[], Shape], shapes: dict[str, Shape]
+) -> Shape:
+    """Batch shapes that broadcast: then what they broadcast to."""
+    try:
+        return shape()
+    except ValueError:
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        remedy = "Batch shapes broadcast as in NumPy; the axes of an event do not."
+        fail(caller, argument, "of shapes that broadcast", got, remedy)
+
+
+def require_no_classes(caller: str, options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            remedy = "It is an option of distributions over classes."
+            fail(caller, option, "left out with a parametric family", "it", remedy)
+
+
+def require_same_family(caller: str, sides: dict[str, Any], family: type) -> None:
+    first, *others = sides.items()
+    if not isinstance(first[1], family):
+        first, others = others[0], [first]
+    kind = type(first[1])
+    for argument, side in others:
+        if type(side) is not kind:
+            expected, got = f"{kind.__name__}, like {first[0]}", type(side).__name__
+            remedy = "Closed forms are of two of the same family."
+            raise TypeError(message_of(caller, argument, expected, got, remedy))
+
+
+def require_closed_form(caller: str, side: Any, has_one: Any) -> None:
+    if not has_one:
+        expected = "a distribution over classes"
+        remedy = "Families have closed forms for KL in both directions and Jeffreys; sample others."
+        got = type(side).__name__
+        raise TypeError(message_of(caller, "predictions", expected, got, remedy))
+
+
+def require_entropy(caller: str, side: Any, found: T | None) -> T:
+    if found is None:
+        got, remedy = type(side).__name__, "Sum or sample it; its KL divergence has a closed form."
+        message = message_of(caller, "the distribution", "one of known entropy", got, remedy)
+        raise TypeError(message)
+    return found
+
+
+def require_classed(caller: str, argument: str, value: Any, are_classes: bool) -> None:
+    if not are_classes:
+        expected, got = "a distribution over classes", type(value).__name__
+        remedy = "Families go to kl, forward_kl, reverse_kl, jeffreys, entropy, cross_entropy."
+        raise TypeError(message_of(caller, argument, expected, got, remedy))
 
 
 # ---- what the value checks ask and find ----

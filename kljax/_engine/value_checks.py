@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +222,26 @@ def check_weights(caller: str, argument: str, weights: Array | None) -> None:
     if weights is not None and weights.dtype != bool:
         message = f"{caller}: {argument} must not be negative or NaN"
         checkify.check(jnp.all(weights >= 0), message)
+
+
+Condition = Literal["real", "positive", "not negative", "a probability"]
+_HOLDS: dict[str, Callable[[Array], Array]] = {
+    "real": lambda x: ~jnp.isnan(x),
+    "positive": lambda x: x > 0,
+    "not negative": lambda x: x >= 0,
+    "a probability": lambda x: (x >= 0) & (x <= 1),
+}
+
+
+@_on_demand
+def check_parameter(which: str, x: Array, condition: Condition) -> None:
+    checkify.check(jnp.all(_HOLDS[condition](x)), f"{which} must be {condition}")
+
+
+@_on_demand
+def check_same_counts(which: str, one: Array, other: Array) -> None:
+    message = f"{which}: total_count must not be less than the other's; the sum has no closed form"
+    checkify.check(jnp.all(one >= other), message)
 
 
 @_on_demand
