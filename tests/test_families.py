@@ -9,6 +9,7 @@ import numpy as np
 import oracle_families as oracle
 import pytest
 from helpers import assert_close, report
+from jax.flatten_util import ravel_pytree
 
 import kljax
 from kljax import families
@@ -41,7 +42,7 @@ PAIRS = {
         ({"concentration": 0.2, "rate": 0.7}, {"concentration": 7.0, "rate": 9.0}),
         ({"concentration": 40.0, "rate": 4.0}, {"concentration": 15.0, "rate": 3.0}),
         ({"concentration": 2.0, "rate": 1.0}, {"concentration": 2.001, "rate": 1.0003}),
-        ({"concentration": 5000.0, "rate": 50.0}, {"concentration": 5010.0, "rate": 50.1}),
+        ({"concentration": 5000.0, "rate": 50.0}, {"concentration": 5010.0, "rate": 50.5}),
     ],
     "Exponential": [
         ({"rate": 0.7}, {"rate": 1.2}),
@@ -179,19 +180,17 @@ def test_gradients(name, i):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [name for name in PAIRS if name != "Binomial"])
+@pytest.mark.parametrize("name", sorted({*PAIRS} - {"Binomial", "MultivariateNormal"}))
 def test_second_derivatives(name):
     """Against differences of the gradient, and where both sides are equal."""
     (p, q), _ = sides(name, 0, np.float64)
     for a, b in ((p, q), (p, p)):
-        flat, unravel = jax.flatten_util.ravel_pytree((a, b))
+        flat, unravel = ravel_pytree((a, b))
         gradient = jax.jit(jax.grad(lambda x, back=unravel: kljax.kl(*back(x))))
         hessian = jax.jacfwd(gradient)(flat)
         step = 1e-5
         steps = step * np.eye(flat.size)
         want = np.array([(gradient(flat + s) - gradient(flat - s)) / (2 * step) for s in steps])
-        if name == "MultivariateNormal":  # cholesky reads one half of the matrix
-            continue
         if name != "Uniform" or b is not a:  # there p leaves q at once
             np.testing.assert_allclose(hessian, want, rtol=1e-5, atol=1e-6)
 
