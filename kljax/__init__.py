@@ -32,7 +32,13 @@ from kljax.divergences import kl_terms as kl_terms
 from kljax.divergences import reverse_kl as reverse_kl
 from kljax.divergences import skew_forward_kl as skew_forward_kl
 from kljax.divergences import skew_reverse_kl as skew_reverse_kl
+from kljax.estimators import sampled_kl as sampled_kl
+from kljax.estimators import sampled_kl_loss as sampled_kl_loss
+from kljax.latents import balanced_kl as balanced_kl
+from kljax.latents import elbo_kl as elbo_kl
+from kljax.mixtures import mixture as mixture
 from kljax.objectives import DistillationMetrics as DistillationMetrics
+from kljax.objectives import consistency_loss as consistency_loss
 from kljax.objectives import distillation_loss as distillation_loss
 from kljax.reduction import reduce as reduce
 from kljax.sparse import sample_targets as sample_targets
@@ -42,8 +48,9 @@ if _typing.TYPE_CHECKING:
     from kljax import compat as compat
     from kljax import families as families
     from kljax import metrics as metrics
+    from kljax import training as training
 
-_LAZY = ("compat", "families", "metrics")  # loaded when they are asked for
+_LAZY = ("compat", "families", "metrics", "training")  # loaded when they are asked for
 
 
 def __getattr__(name: str) -> _ModuleType:

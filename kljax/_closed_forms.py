@@ -14,7 +14,6 @@ from kljax._engine import checks, value_checks
 from kljax._engine.classes import Layout, Shape
 from kljax._engine.formula import Formula
 from kljax._engine.side import Distribution, compute_dtype
-from kljax._engine.terms import weigh
 from kljax.reduction import AxisName, Reduction, Weighting
 
 
@@ -121,11 +120,8 @@ def evaluate(
     checks.require_closed_form(
         caller, given[0], alone or formula.cross_entropy or formula.directions
     )
-    sides = tuple(side.read(caller, argument) for argument, side in named.items())
-    batches = {argument: side.batch for argument, side in zip(named, sides, strict=True)}
-    batch = checks.require_broadcasting(
-        caller, formula.arguments[-1], lambda: jnp.broadcast_shapes(*batches.values()), batches
-    )
+    read = {argument: side.read(caller, argument) for argument, side in named.items()}
+    batch = require_batch(caller, read)
     layout = Layout.of(batch, checks.require_axes(caller, batch, axis))
     weighting = Weighting.read(
         caller,
@@ -135,7 +131,16 @@ def evaluate(
         normalizer=normalizer,
         axis_name=axis_name,
     )
-    return _run(formula, layout, sides, weighting)
+    return _run(formula, layout, tuple(read.values()), weighting)
+
+
+def require_batch(caller: str, sides: dict[str, Family]) -> Shape:
+    """That of all sides together."""
+    batches = {argument: side.batch for argument, side in sides.items()}
+    *_, last = sides
+    return checks.require_broadcasting(
+        caller, last, lambda: jnp.broadcast_shapes(*batches.values()), batches
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -149,10 +154,7 @@ def _run(
     for argument, side in zip(formula.arguments, sides, strict=True):
         side.report(f"{formula.name}: {argument}")
     values = jnp.broadcast_to(_values(formula, sides), layout.shape).sum(layout.axis)
-    factor = weighting.factor(layout.batch, dtype)
-    if factor is not None:
-        values = weigh(factor, values)
-    return weighting.over_axes(values if weighting.reduction == "none" else jnp.sum(values))
+    return weighting.reduced(values)
 
 
 def _values(formula: Formula, sides: tuple[Family, ...]) -> Array:

@@ -47,18 +47,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
 
 
-class Options(TypedDict, total=False):
-    """What every divergence takes besides its distributions; see `forward_kl`."""
+class OtherOptions(TypedDict, total=False):
+    """All but the reduction."""
 
     axis: int | Iterable[int]
     where: ArrayLike | None
     temperature: ArrayLike | None
     weights: ArrayLike | None
-    reduction: Reduction
     normalizer: ArrayLike | None
     axis_name: AxisName | None
     class_axis_name: ClassAxisName | None
     implementation: Implementation | None
+
+
+class Options(OtherOptions, total=False):
+    """What every divergence takes besides its distributions; see `forward_kl`."""
+
+    reduction: Reduction
 
 
 _SIDES = ("predictions", "targets")
@@ -209,7 +214,8 @@ def plainly(function: F) -> F:
     parameters = inspect.signature(function).parameters.values()
     named = [p.replace(annotation=p.empty) for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(named) < len(parameters):
-        named += _pipeline.OPTIONS.values()
+        own = {p.name for p in named}
+        named += [option for name, option in _pipeline.OPTIONS.items() if name not in own]
     cast(Any, function).__signature__ = inspect.Signature(named)
     return function
 
@@ -554,7 +560,7 @@ def skew_reverse_kl(
     return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
-@_binds(lambda: Bound(_KL, {}))
+@_binds(lambda: Bound(KL, {}))
 def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     r"""Kullback–Leibler divergence D(p‖q), with its arguments in the order of the formula.
 
@@ -574,7 +580,7 @@ def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     Source: Kullback and Leibler, On Information and Sufficiency, Annals of Mathematical
     Statistics 22 (1951), section 2.
     """
-    return _pipeline.evaluate(_KL, (p, q), {}, **options)
+    return _pipeline.evaluate(KL, (p, q), {}, **options)
 
 
 @plainly
@@ -700,7 +706,7 @@ def entropy(p: Given, **options: Unpack[Options]) -> Array:
     return _pipeline.evaluate(ENTROPY, (p,), {}, **options)
 
 
-_KL = Formula(
+KL = Formula(
     "kl",
     ("p", "q"),
     lambda log, ratio, _: term_kl(log[0], log[1], -ratio),
@@ -708,7 +714,7 @@ _KL = Formula(
     directions=(True, False),
     needs_mass=True,
 )
-_KL_TERMS = _KL._replace(name="kl_terms", normalized=None, directions=None)
+_KL_TERMS = KL._replace(name="kl_terms", normalized=None, directions=None)
 CROSS_ENTROPY = Formula(
     "cross_entropy",
     _SIDES,

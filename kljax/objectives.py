@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,17 @@ from kljax._engine.terms import nan_unless
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.distributions import Distribution, LogProbs, Probs, TopK
 from kljax.distributions.labels import Labels
-from kljax.divergences import CROSS_ENTROPY, ENTROPY, LABELS, bound, forward_kl, plainly, smoothing
+from kljax.divergences import (
+    CROSS_ENTROPY,
+    ENTROPY,
+    LABELS,
+    OtherOptions,
+    bound,
+    forward_kl,
+    jeffreys,
+    plainly,
+    smoothing,
+)
 from kljax.reduction import AxisName, Reduction, Weighting
 
 
@@ -175,6 +185,37 @@ def distillation_loss(
     return (_distill_jitted if pure else _distill)(path, inputs, terms)
 
 
+@plainly
+def consistency_loss(
+    a: Given, b: Given, *, reduction: Reduction = "mean", **options: Unpack[OtherOptions]
+) -> Array:
+    r"""Two predictions of one example made to agree, as under two dropout masks (R-Drop).
+
+    .. math:: \tfrac{1}{2} D(a\|b) + \tfrac{1}{2} D(b\|a)
+
+    Half of `jeffreys`, whose shapes, units, options and errors it has, also for families.
+
+    Zeros: as `jeffreys`.
+    Gradients: to both sides.
+
+    Args:
+        a: One prediction, as for `forward_kl`.
+        b: The other.
+        reduction: As for `forward_kl`.
+        **options: As for `forward_kl`.
+
+    Example:
+        >>> import jax.numpy as jnp, kljax
+        >>> a, b = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 1.0, 4.0]])
+        >>> print(f"{kljax.consistency_loss(a, b):.4f}")
+        0.2218
+
+    Source: Wu et al., R-Drop: Regularized Dropout for Neural Networks (2021), equation 2.
+    """
+    return 0.5 * _pipeline.evaluate(_CONSISTENCY, (a, b), {}, reduction=reduction, **options)
+
+
+_CONSISTENCY = jeffreys.bind().formula._replace(name="consistency_loss", arguments=("a", "b"))
 _NAME = "distillation_loss"
 
 

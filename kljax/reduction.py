@@ -84,10 +84,7 @@ def reduce(
 def _reduce(values: Array, weighting: "Weighting") -> Array:
     value_checks.check_weights("reduce", "weights", weighting.weights)
     values = values.astype("float64" if values.dtype == jnp.float64 else "float32")
-    factor = weighting.factor(values.shape, values.dtype)
-    if factor is not None:
-        values = weigh(factor, values)
-    return weighting.over_axes(values if weighting.reduction == "none" else jnp.sum(values))
+    return weighting.reduced(values)
 
 
 @partial(
@@ -150,6 +147,13 @@ class Weighting:
         empty = denominator == 0
         share = jnp.where(empty, 0, 1 / jnp.where(empty, 1, denominator))
         return jnp.broadcast_to(share, batch) if weights is None else weights * share
+
+    def reduced(self, values: Array) -> Array:
+        """The whole of it, of values that are at hand."""
+        factor = self.factor(values.shape, values.dtype)
+        if factor is not None:
+            values = weigh(factor, values)
+        return self.over_axes(values if self.reduction == "none" else jnp.sum(values))
 
     def over_axes(self, value: Array) -> Array:
         """The sum over the named axes, if the examples are spread over any."""

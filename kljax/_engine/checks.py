@@ -386,17 +386,21 @@ def require_options(caller: str, given: Iterable[str], known: Collection[str]) -
             raise TypeError(message + "It has " + ", ".join(known) + ".")
 
 
-def require_axes(caller: str, shape: Shape, axis: int | Iterable[int]) -> tuple[int, ...]:
+def require_axes(
+    caller: str, shape: Shape, axis: int | Iterable[int], argument: str = "axis"
+) -> tuple[int, ...]:
     ndim = len(shape)
     try:
         given = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
     except TypeError:
-        fail(caller, "axis", "an int or several", repr(axis), "Count from 0, or back from -1.")
+        fail(caller, argument, "an int or several", repr(axis), "Count from 0, or back from -1.")
     if any(not -ndim <= a < ndim for a in given):
-        fail(caller, "axis", f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0.")
+        fail(
+            caller, argument, f"within the {ndim} axes of shape {shape}", f"{axis}", "Count from 0."
+        )
     axes = tuple(sorted(a % ndim for a in given))
     if len(set(axes)) != len(axes):
-        fail(caller, "axis", "distinct axes", f"{axis}", "Name each axis once.")
+        fail(caller, argument, "distinct axes", f"{axis}", "Name each axis once.")
     return axes
 
 
@@ -454,6 +458,73 @@ def _is_static(value: Any) -> bool:
     if isinstance(value, Array):
         return not isinstance(value, Tracer) and value.is_fully_addressable
     return isinstance(value, numbers.Real | np.ndarray)
+
+
+# ---- training ----
+
+
+def require_step(caller: str, argument: str, step: Any) -> None:
+    if step is None:
+        expected, remedy = f"given where {argument} is a schedule", "Pass step=… to the call."
+        fail(caller, "step", expected, "None", remedy)
+
+
+def require_multiple(caller: str, argument: str, arrays: list[Array], steps: int) -> None:
+    """All of as many examples, which fall into so many micro-batches."""
+    sizes = sorted({x.shape[0] if x.ndim else 1 for x in arrays})
+    if len(sizes) != 1 or sizes[0] % steps:
+        expected, got = f"of a multiple of {steps} examples, in every array", f"{_and(sizes)}"
+        fail(caller, argument, expected, got, "Pad it with examples of weight 0.")
+
+
+def require_given(caller: str, argument: str, value: Any, passed: str) -> None:
+    if value is None:
+        remedy = f"Call tx.update(updates, state, …, {passed})."
+        fail(caller, argument, "given to update", "None", remedy)
+
+
+# ---- latent variables ----
+
+
+def require_mean(caller: str, argument: str, value: str, reduction: str, serves_all: bool) -> None:
+    if reduction != "mean" and not serves_all:
+        expected, got = 'given with reduction="mean"', f'"{value}" with reduction="{reduction}"'
+        fail(caller, argument, expected, got, "What is compared with λ is a mean over examples.")
+
+
+def require_prior(caller: str, posterior: Any, is_normal: bool) -> None:
+    if not is_normal:
+        expected = f"given with a posterior of {type(posterior).__name__}"
+        remedy = "Only normal distributions have a standard one."
+        raise TypeError(message_of(caller, "prior", expected, "None", remedy))
+
+
+def require_apart(
+    caller: str, argument: str, axes: tuple[int, ...], class_axes: tuple[int, ...]
+) -> None:
+    if set(axes) & set(class_axes):
+        remedy = "For batch + (latents, classes) it is -2; for one latent, ()."
+        expected = f"other axes than class_axis, {_and(class_axes)}"
+        fail(caller, argument, expected, _and(axes), remedy)
+
+
+# ---- samples ----
+
+
+def require_same_shape(caller: str, argument: str, shape: Shape, whole: Shape, other: str) -> None:
+    if shape != whole:
+        remedy = "Each is of the same samples."
+        fail(caller, argument, f"shape {whole}, like {other}", f"{shape}", remedy)
+
+
+def require_positive(caller: str, argument: str, value: Any) -> None:
+    if _is_static(value) and not np.all(np.asarray(value) > 0):
+        fail(caller, argument, "positive", f"{value}", "Use None for none.")
+
+
+def require_beside(caller: str, argument: str, other: str, value: Any) -> None:
+    if value is None:
+        fail(caller, argument, f"given with {other}", "it alone", "There is nothing to truncate.")
 
 
 # ---- parametric families ----

@@ -194,6 +194,20 @@ def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
     return total * (d * d)
 
 
+@jax.custom_jvp
+def excess(x: Array) -> Array:
+    """exp(x) - 1 - x, which is not negative: q/p - 1 - log(q/p) for x = log(q/p)."""
+    near = jnp.abs(x) < 0.5
+    direct = jnp.where(jnp.isposinf(x), x, jnp.expm1(x) - jnp.where(jnp.isposinf(x), 0, x))
+    return jnp.where(near, expm1_minus(jnp.where(near, x, 0)), direct)
+
+
+@excess.defjvp
+def _excess_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (x_dot,) = primals, tangents
+    return excess(x), jnp.expm1(x) * x_dot
+
+
 def term_cross_entropy(log_p: Array, log_q: Array) -> Array:
     r"""The contribution to the cross-entropy H(p, q): -p log q.
 

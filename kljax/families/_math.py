@@ -10,24 +10,10 @@ import numpy as np
 from jax import Array
 from jax.scipy import special
 
-from kljax._engine.terms import expm1_minus, log1p_minus, nan_unless
+from kljax._engine.terms import log1p_minus, nan_unless
 
 EULER = 0.5772156649015329
 Function = Callable[[Array], Array]
-
-
-@jax.custom_jvp
-def excess(x: Array) -> Array:
-    """exp(x) - 1 - x, which is not negative: q/p - 1 - log(q/p) for x = log(q/p)."""
-    near = jnp.abs(x) < 0.5
-    direct = jnp.where(jnp.isposinf(x), x, jnp.expm1(x) - jnp.where(jnp.isposinf(x), 0, x))
-    return jnp.where(near, expm1_minus(jnp.where(near, x, 0)), direct)
-
-
-@excess.defjvp
-def _excess_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (x_dot,) = primals, tangents
-    return excess(x), jnp.expm1(x) * x_dot
 
 
 def log_ratio(a: Array, b: Array, difference: Array | None = None) -> Array:

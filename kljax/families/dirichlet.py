@@ -9,8 +9,9 @@ from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
 from kljax._closed_forms import Family, Parameter
+from kljax._engine.terms import excess
 from kljax.distributions._pytree import pytree
-from kljax.families._math import GAMMA, bregman, digamma, excess, log_ratio
+from kljax.families._math import GAMMA, bregman, digamma, log_ratio
 
 
 @pytree

@@ -8,8 +8,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kljax._closed_forms import Family, Parameter
+from kljax._engine.terms import excess
 from kljax.distributions._pytree import pytree
-from kljax.families._math import EULER, GAMMA, bregman, excess, log_ratio
+from kljax.families._math import EULER, GAMMA, bregman, log_ratio
 
 
 @pytree
