@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ class Parameter(NamedTuple):
 
 
 class Family(Distribution, ABC):
-    """A parametric family, as a pytree of its parameters, whose batch shapes broadcast."""
+    """A parametric family, as a pytree of its parameters, whose batch shapes broadcast.
+
+    The closed forms see parameters that were read: arrays of one dtype and rank.
+    """
 
     parameters: ClassVar[dict[str, Parameter]]
     one_of: ClassVar[tuple[str, ...]] = ()  # parameters of which exactly one is given
@@ -59,7 +62,7 @@ class Family(Distribution, ABC):
             which = f"{argument}.{name}"
             arrays[name] = checks.to_array(caller, which, value)
             checks.require_event(caller, which, arrays[name], self.parameters[name].event_axes)
-        found = replace(self, **arrays)
+        found = replace(cast(Any, self), **arrays)
         checks.require_broadcasting(caller, argument, lambda: found.batch, shapes(found))
         return found
 
@@ -78,7 +81,8 @@ class Family(Distribution, ABC):
             like = jnp.eye(x.shape[-1], dtype=dtype) if event_axes == 2 else neutral
             return jnp.where(there, x, like)
 
-        return replace(self, **{name: harmless(name, x) for name, x in self.given.items()})
+        moved = {name: harmless(name, x) for name, x in self.given.items()}
+        return replace(cast(Any, self), **moved)
 
     def report(self, which: str) -> None:
         """Report parameters that are none."""

@@ -195,11 +195,11 @@ def _standard(posterior: Given) -> Family:
 
 def _layout(posterior: Given, prior: Given, axis: int | Iterable[int], class_axis: int) -> Layout:
     """Where examples and latents lie in the divergences; the latter in place of classes."""
-    sides = {"posterior": posterior, "prior": prior}
     if isinstance(posterior, Family) and isinstance(prior, Family):
-        read = {argument: side.read(_NAME, argument) for argument, side in sides.items()}
-        batch = require_batch(_NAME, read)
+        read = posterior.read(_NAME, "posterior"), prior.read(_NAME, "prior")
+        batch = require_batch(_NAME, dict(zip(("posterior", "prior"), read, strict=True)))
         return Layout.of(batch, checks.require_axes(_NAME, batch, axis))
+    sides = {"posterior": posterior, "prior": prior}
     of_classes = _reading.read(_NAME, sides, axis=class_axis).layout
     latents = checks.require_axes(_NAME, of_classes.shape, axis)
     checks.require_apart(_NAME, "axis", latents, of_classes.axis)

@@ -205,6 +205,14 @@ def _wide(x: Array) -> jnp.dtype:
     return jnp.dtype("float64" if x.dtype == jnp.float64 else "float32")
 
 
+def _one_more(count: Any) -> Any:
+    return optax.safe_increment(count)
+
+
+def _dot(a: Any, b: Any) -> Any:
+    return optax.tree.vdot(a, b)
+
+
 class EmaTeacherState(NamedTuple):
     """How many steps were made, the average of the parameters, and the optimizer's own state."""
 
@@ -248,7 +256,7 @@ def ema_teacher(
         start = jax.tree.map(lambda x: jnp.array(x, _wide(x)), params)
         return EmaTeacherState(jnp.zeros((), jnp.int32), start, inner.init(params))
 
-    def update(updates: Any, state: EmaTeacherState, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         checks.require_given("ema_teacher", "params", params, "params")
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         share = 1 - jnp.asarray(decay(state.count) if callable(decay) else decay)
@@ -259,7 +267,7 @@ def ema_teacher(
         )
         ema = optax.incremental_update(moved, state.ema_params, share)
         ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema_params)
-        return updates, EmaTeacherState(optax.safe_increment(state.count), ema, inner_state)
+        return updates, EmaTeacherState(_one_more(state.count), ema, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -312,7 +320,7 @@ def apply_if_kl_below(
     def init(params: Any) -> ApplyIfKlBelowState:
         return ApplyIfKlBelowState(jnp.array(True), jnp.zeros((), jnp.int32), inner.init(params))
 
-    def update(updates: Any, state: ApplyIfKlBelowState, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         checks.require_given("apply_if_kl_below", "kl", extra.get("kl"), "kl=kl")
         kl = checks.require_number("apply_if_kl_below", "kl", extra["kl"])
         below = kl <= max_kl
@@ -324,7 +332,7 @@ def apply_if_kl_below(
             return optax.tree.zeros_like(updates), state.inner_state
 
         made, inner_state = lax.cond(below, apply, reject)
-        rejected = jnp.where(below, state.rejected, optax.safe_increment(state.rejected))
+        rejected = jnp.where(below, state.rejected, _one_more(state.rejected))
         return made, ApplyIfKlBelowState(below, rejected, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -445,6 +453,15 @@ class NaturalGradientState(NamedTuple):
     share: Array
 
 
+class _Tried(NamedTuple):
+    """A step of some share of the whole, and what became of it."""
+
+    count: Array
+    share: Array
+    kl: Array
+    fits: Array
+
+
 def natural_gradient(
     max_kl: ArrayLike,
     *,
@@ -458,8 +475,8 @@ def natural_gradient(
     .. math:: \Delta = -\sqrt{\frac{2 d_\text{max}}{x^\top F x}} \, x, \qquad
               (F + \text{damping} \cdot I) x = \nabla
 
-    halved until the mean D(old‖new) is at most ``max_kl`` and the objective has not risen; if that
-    never happens the update is 0. F x is solved for by conjugate gradients
+    shortened until the mean D(old‖new) is at most ``max_kl`` and the objective has not risen; if
+    that never happens the update is 0. F x is solved for by conjugate gradients
     (``jax.scipy.sparse.linalg.cg``).
 
     ``tx.update(gradients, state, params, outputs_fn=…, value_fn=…, weights=None)``: the model's
@@ -474,7 +491,7 @@ def natural_gradient(
         max_kl: The radius: of the mean divergence over examples.
         damping: What is added to F's diagonal; more of it makes the step more like the gradient.
         cg_iterations: Of conjugate gradients.
-        backtracks: How often the step is halved at most.
+        backtracks: How often the step is shortened at most.
         **options: Others of `forward_kl`: ``axis``, ``where``, ``temperature``, ….
 
     Example:
@@ -500,15 +517,18 @@ def natural_gradient(
 
     def update(
         updates: Any,
-        state: NaturalGradientState,
+        state: Any,
         params: Any = None,
         *,
-        outputs_fn: Callable[[Any], Any],
-        value_fn: Callable[[Any], Array],
+        outputs_fn: Any = None,
+        value_fn: Any = None,
         weights: ArrayLike | None = None,
         **extra: Any,
     ) -> tuple[Any, NaturalGradientState]:
-        checks.require_given("natural_gradient", "params", params, "params")
+        given = {"params": params, "outputs_fn": outputs_fn, "value_fn": value_fn}
+        for argument, value in given.items():
+            checks.require_given("natural_gradient", argument, value, f"{argument}=…")
+        radius = jnp.asarray(max_kl)
         gradient = jax.tree.map(lambda x: x.astype(_wide(x)), updates)
         product = fisher_vector_product(outputs_fn, params, weights=weights, **options)
 
@@ -517,9 +537,9 @@ def natural_gradient(
             return jax.tree.map(lambda x, y: x.astype(y.dtype) + damping * y, curved, v)
 
         direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, maxiter=cg_iterations)
-        length = optax.tree.vdot(direction, damped(direction))
-        length = length - damping * optax.tree.vdot(direction, direction)
-        longest = jnp.where(length > 0, jnp.sqrt(2 * max_kl / jnp.where(length > 0, length, 1)), 0)
+        length = _dot(direction, damped(direction)) - damping * _dot(direction, direction)
+        moves = length > 0
+        longest = jnp.where(moves, jnp.sqrt(2 * radius / jnp.where(moves, length, 1)), 0)
         old, before = lax.stop_gradient(outputs_fn(params)), value_fn(params)
 
         def step(share: Array) -> Any:
@@ -527,14 +547,19 @@ def natural_gradient(
                 lambda x, like: (-share * longest * x).astype(like.dtype), direction, params
             )
 
-        def tried(share: Array) -> tuple[Array, Array, Array]:
+        def tried(count: Array, share: Array) -> _Tried:
             new = optax.apply_updates(params, step(share))
             moved = kl(old, outputs_fn(new), weights=weights, reduction="mean", **options)
-            return share, moved, (moved <= max_kl) & (value_fn(new) <= before)
+            return _Tried(count, share, moved, (moved <= radius) & (value_fn(new) <= before))
 
-        halved = lambda found: tried(0.5 * found[0])  # noqa: E731
-        goes_on = lambda found: ~found[2] & (found[0] > 0.5**backtracks)  # noqa: E731
-        share, moved, fits = lax.while_loop(goes_on, halved, tried(jnp.ones_like(longest)))
+        def shorter(last: _Tried) -> _Tried:
+            too_far = last.kl > radius  # by how much tells how much shorter the step should be
+            by = jnp.clip(0.98 * jnp.sqrt(radius / jnp.where(too_far, last.kl, 1)), 0.1, 0.98)
+            return tried(last.count + 1, last.share * jnp.where(too_far, by, 0.5))
+
+        goes_on = lambda last: ~last.fits & (last.count < backtracks)  # noqa: E731
+        first = tried(jnp.zeros((), jnp.int32), jnp.ones_like(longest))
+        _, share, moved, fits = lax.while_loop(goes_on, shorter, first)
         share = jnp.where(fits, share, 0)
         made = jax.tree.map(lambda x: jnp.where(fits, x, 0), step(share))
         return made, NaturalGradientState(jnp.where(fits, moved, 0), share)

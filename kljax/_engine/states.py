@@ -6,7 +6,7 @@ classes and shards. The empty state is its identity.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,9 @@ def row_state(
         operands = (jnp.broadcast_to(x, shape), inverse_temperature)
     # Where memory is the limit, one pass; a CPU is faster in two passes of simple reductions.
     shape = tuple(1 if i in axis else n for i, n in enumerate(operands[0].shape))
-    like = RowState(*2 * [jax.ShapeDtypeStruct(shape, dtype)])
+    number: Any = jax.ShapeDtypeStruct(shape, dtype)
     state = lowering.by_platform(
-        like,
+        RowState(number, number),
         *operands,
         cpu=partial(_in_two_passes, axis=axis, dtype=dtype),
         default=partial(_in_one_pass, axis=axis, dtype=dtype),

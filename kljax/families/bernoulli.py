@@ -1,7 +1,7 @@
 """The Bernoulli distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,18 +44,18 @@ class Bernoulli(Family):
     parameters = {"probs": Parameter("a probability", 0.5), "logits": Parameter("real", 0)}
     one_of = ("probs", "logits")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         if self.probs is None and other.probs is None:
             return _of_logits(self.logits, other.logits)
         return _of_probs(*jnp.broadcast_arrays(probability(self), probability(other)))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         if self.probs is None:
             return term_entropy(_log(self.logits)) + term_entropy(_log(-self.logits))
         return _entropy(self.probs)
 
 
-def probability(of: Bernoulli) -> Array:
+def probability(of: Any) -> Array:
     return jax.nn.sigmoid(of.logits) if of.probs is None else of.probs
 
 
@@ -65,8 +65,11 @@ def _log(logits: Array) -> Array:
 
 def _of_logits(a: Array, b: Array) -> Array:
     """Of both outcomes the generalised term, from ratios that are exact where a and b are close."""
-    sides = ((a, b), (-a, -b))
-    return sum(term_generalized_kl(_log(p), _log(q), _log_ratio(p, q)) for p, q in sides)
+
+    def of(p: Array, q: Array) -> Array:
+        return term_generalized_kl(_log(p), _log(q), _log_ratio(p, q))
+
+    return of(a, b) + of(-a, -b)
 
 
 def _log_ratio(a: Array, b: Array) -> Array:

@@ -1,7 +1,7 @@
 """The beta distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -41,13 +41,13 @@ class Beta(Family):
         "concentration0": Parameter("positive", 1),
     }
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         return _of_two_classes(self).kl(_of_two_classes(other))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return _of_two_classes(self).entropy()
 
 
-def _of_two_classes(of: Beta) -> Dirichlet:
+def _of_two_classes(of: Any) -> Dirichlet:
     both = jnp.broadcast_arrays(of.concentration1, of.concentration0)
     return Dirichlet(jnp.stack(both, axis=-1))

@@ -1,7 +1,7 @@
 """The binomial distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class Binomial(Family):
     }
     one_of = ("probs", "logits")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         n, other_n = jax.lax.stop_gradient((self.total_count, other.total_count))
         one, other_one = (Bernoulli(each.probs, each.logits) for each in (self, other))
         value_checks.check_same_counts("Binomial", n, other_n)

@@ -1,7 +1,7 @@
 """The categorical distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -45,15 +45,15 @@ class Categorical(Family):
     }
     one_of = ("probs", "logits")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         p, q = jnp.broadcast_arrays(_logits(self), _logits(other))
         return divergences.kl(Logits(p), Logits(q), implementation="dense")
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return divergences.entropy(Logits(_logits(self)), implementation="dense")
 
 
-def _logits(of: Categorical) -> Array:
+def _logits(of: Any) -> Array:
     """Logarithms that the divergence normalises; a class without mass has no gradient."""
     if of.probs is None:
         return jnp.asarray(of.logits)

@@ -1,7 +1,7 @@
 """The Dirichlet distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,7 +40,7 @@ class Dirichlet(Family):
 
     parameters = {"concentration": Parameter("positive", 1, event_axes=1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         p, q = jnp.broadcast_arrays(self.concentration, other.concentration)
         # Q times the divergence of the mean probabilities, and what the concentrations add.
         of_means = log_ratio(p, q) - _log_ratio_of_sums(p, q)[..., None]
@@ -48,7 +48,7 @@ class Dirichlet(Family):
         whole = bregman(GAMMA, jnp.sum(q, -1), jnp.sum(p, -1), jnp.sum(q - p, -1))
         return from_means + (jnp.sum(bregman(GAMMA, q, p), -1) - whole)
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         a = self.concentration
         total = jnp.sum(a, -1)
         log_mass = jnp.sum(gammaln(a), -1) - gammaln(total)

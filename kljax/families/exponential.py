@@ -1,7 +1,7 @@
 """The exponential distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -37,8 +37,8 @@ class Exponential(Family):
 
     parameters = {"rate": Parameter("positive", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         return excess(log_ratio(other.rate, self.rate))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return 1 - jnp.log(self.rate)

@@ -1,7 +1,7 @@
 """The gamma distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -43,11 +43,11 @@ class Gamma(Family):
 
     parameters = {"concentration": Parameter("positive", 1), "rate": Parameter("positive", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         a, b = self.concentration, other.concentration
         log_ratio_of_means = log_ratio(a, b) + log_ratio(other.rate, self.rate)
         return b * excess(log_ratio_of_means) + bregman(GAMMA, *jnp.broadcast_arrays(b, a))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         a = self.concentration
         return a - jnp.log(self.rate) + gammaln(a) + (1 - a) * digamma(a)

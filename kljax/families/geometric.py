@@ -1,7 +1,7 @@
 """The geometric distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -38,10 +38,10 @@ class Geometric(Family):
     parameters = {"probs": Parameter("a probability", 0.5), "logits": Parameter("real", 0)}
     one_of = ("probs", "logits")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         one, other_one = (Bernoulli(each.probs, each.logits) for each in (self, other))
         return one.kl(other_one) / probability(one)
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         trial = Bernoulli(self.probs, self.logits)
         return trial.entropy() / probability(trial)

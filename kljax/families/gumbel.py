@@ -1,7 +1,7 @@
 """The Gumbel distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,7 +40,7 @@ class Gumbel(Family):
 
     parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         log_r = log_ratio(self.scale, other.scale)
         r = self.scale / other.scale
         beyond_one = (self.scale - other.scale) / other.scale
@@ -49,5 +49,5 @@ class Gumbel(Family):
         w = (other.loc - self.loc) / other.scale + log_r - EULER * beyond_one + of_gamma
         return excess(w) + of_gamma
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return 1 + EULER + jnp.log(self.scale) + 0 * self.loc

@@ -1,7 +1,7 @@
 """The Laplace distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,11 @@ class Laplace(Family):
 
     parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         distance = _distance_cost((self.loc - other.loc) / self.scale)
         return excess(log_ratio(self.scale, other.scale)) + self.scale / other.scale * distance
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return 1 + jnp.log(2 * self.scale) + 0 * self.loc
 
 

@@ -1,7 +1,7 @@
 """The log-normal distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -37,8 +37,8 @@ class LogNormal(Family):
 
     parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         return Normal(self.loc, self.scale).kl(Normal(other.loc, other.scale))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return Normal(self.loc, self.scale).entropy() + self.loc

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -57,7 +57,7 @@ class MultivariateNormal(Family):
     }
     one_of = ("scale_tril", "covariance_matrix", "precision_matrix")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         a, b = _factor(self), _factor(other)
         step = self.loc - other.loc
         batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2], step.shape[:-1])
@@ -71,7 +71,7 @@ class MultivariateNormal(Family):
         squares = jnp.sum(beside**2, (-2, -1)) + jnp.sum(moved**2, (-2, -1))
         return 0.5 * (jnp.sum(excess(2 * diagonal), -1) + squares)
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         factor = _factor(self)
         each = 0.5 * (1 + math.log(2 * math.pi)) + jnp.log(_diagonal(factor))
         return jnp.sum(each, -1) + 0 * jnp.sum(self.loc, -1)
@@ -81,7 +81,7 @@ def _diagonal(x: Array) -> Array:
     return jnp.diagonal(x, axis1=-2, axis2=-1)
 
 
-def _factor(of: MultivariateNormal) -> Array:
+def _factor(of: Any) -> Array:
     """The lower triangular factor of the covariance."""
     if of.scale_tril is not None:
         return jnp.tril(of.scale_tril)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -50,23 +50,23 @@ class Normal(Family):
     }
     one_of = ("scale", "log_variance")
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         step = (self.loc - other.loc) / _scale(other)
         return 0.5 * (excess(2 * _log_ratio_of_scales(self, other)) + step**2)
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return 0.5 * (1 + math.log(2 * math.pi)) + _log_scale(self) + 0 * self.loc
 
 
-def _scale(of: Normal) -> Array:
+def _scale(of: Any) -> Array:
     return jnp.exp(0.5 * of.log_variance) if of.scale is None else of.scale
 
 
-def _log_scale(of: Normal) -> Array:
+def _log_scale(of: Any) -> Array:
     return 0.5 * of.log_variance if of.scale is None else jnp.log(of.scale)
 
 
-def _log_ratio_of_scales(a: Normal, b: Normal) -> Array:
+def _log_ratio_of_scales(a: Any, b: Any) -> Array:
     if a.scale is None and b.scale is None:
         return 0.5 * (a.log_variance - b.log_variance)
     return log_ratio(_scale(a), _scale(b))

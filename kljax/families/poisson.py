@@ -1,7 +1,7 @@
 """The Poisson distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Poisson(Family):
 
     parameters = {"rate": Parameter("not negative", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         return _divergence(*jnp.broadcast_arrays(self.rate, other.rate))
 
 

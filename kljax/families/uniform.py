@@ -1,7 +1,7 @@
 """The uniform distribution."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,11 +40,11 @@ class Uniform(Family):
 
     parameters = {"low": Parameter("real", 0), "high": Parameter("real", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         inside = (other.low <= self.low) & (self.high <= other.high)
         wider = (other.high - self.high) + (self.low - other.low)
         wider = log_ratio(other.high - other.low, self.high - self.low, wider)
         return infinite_unless(*jnp.broadcast_arrays(inside, wider))
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         return jnp.log(self.high - self.low)

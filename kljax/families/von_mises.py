@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,11 +40,11 @@ class VonMises(Family):
 
     parameters = {"loc": Parameter("real", 0), "concentration": Parameter("not negative", 1)}
 
-    def kl(self, other: Self) -> Array:
+    def kl(self: Any, other: Any) -> Array:
         a, b = jnp.broadcast_arrays(self.concentration, other.concentration)
         turned = 2 * jnp.sin(0.5 * (self.loc - other.loc)) ** 2  # 1 - cos
         return bregman(BESSEL, b, a) + (1 + BESSEL.slope(a)) * b * turned
 
-    def entropy(self) -> Array:
+    def entropy(self: Any) -> Array:
         k = self.concentration
         return math.log(2 * math.pi) + BESSEL.value(k) - k * BESSEL.slope(k) + 0 * self.loc
