@@ -209,12 +209,16 @@ def bound(divergence: Callable[..., Array]) -> Bound | None:
     return bind(**given)
 
 
-def plainly(function: F) -> F:
-    """Let `help` show every option by its name and default; the types are for type checkers."""
+def plainly(function: F, *, without: tuple[str, ...] = ()) -> F:
+    """Let `help` show every option by its name and default; the types are for type checkers.
+
+    Args:
+        without: Options of a divergence that this function does not take.
+    """
     parameters = inspect.signature(function).parameters.values()
     named = [p.replace(annotation=p.empty) for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(named) < len(parameters):
-        own = {p.name for p in named}
+        own = {p.name for p in named}.union(without)
         named += [option for name, option in _pipeline.OPTIONS.items() if name not in own]
     cast(Any, function).__signature__ = inspect.Signature(named)
     return function

@@ -138,7 +138,8 @@ def balanced_kl(
     where the barred side is stopped. Mix a share of the uniform distribution into both sides with
     `mixture`, so that neither is ever certain.
 
-    Shapes, units, zeros, errors, options not named here: as `elbo_kl`, with free bits per example.
+    Shapes, units, errors: as `elbo_kl`, with free bits per example.
+    Zeros: as `elbo_kl`.
     Gradients: to the prior from the first term, to the posterior from the second.
 
     Args:

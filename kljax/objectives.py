@@ -193,7 +193,7 @@ def consistency_loss(
 
     .. math:: \tfrac{1}{2} D(a\|b) + \tfrac{1}{2} D(b\|a)
 
-    Half of `jeffreys`, whose shapes, units, options and errors it has, also for families.
+    Half of `jeffreys`, also of families. Shapes, units, errors: as there.
 
     Zeros: as `jeffreys`.
     Gradients: to both sides.

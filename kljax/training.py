@@ -20,7 +20,7 @@ from kljax._engine import checks
 from kljax._engine.meshes import varying
 from kljax._reading import Given
 from kljax.distributions import LogProbs, Probs
-from kljax.divergences import forward_kl, kl
+from kljax.divergences import forward_kl, kl, plainly
 from kljax.objectives import DistillationMetrics, distillation_loss
 from kljax.reduction import AxisName
 
@@ -339,14 +339,14 @@ def apply_if_kl_below(
 
 
 class AdaptiveKlState(NamedTuple):
-    """The coefficient of the KL penalty."""
+    """The coefficient of the KL penalty, one number, to multiply the divergence by."""
 
     coefficient: Array
 
 
 @dataclass(frozen=True)
 class AdaptiveKlCoefficient:
-    """See `adaptive_kl_coefficient`."""
+    """What `adaptive_kl_coefficient` makes: `init` gives a state, `update` the next one."""
 
     target: ArrayLike
     horizon: ArrayLike
@@ -394,6 +394,7 @@ def adaptive_kl_coefficient(
     return AdaptiveKlCoefficient(target, horizon, initial)
 
 
+@partial(plainly, without=("reduction",))
 def fisher_vector_product(
     outputs_fn: Callable[[Params], Any],
     params: Params,
@@ -462,6 +463,7 @@ class _Tried(NamedTuple):
     fits: Array
 
 
+@partial(plainly, without=("reduction", "weights"))
 def natural_gradient(
     max_kl: ArrayLike,
     *,

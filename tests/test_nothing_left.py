@@ -30,6 +30,10 @@ def probs(s, t):
     return jax.nn.softmax(s), jax.nn.softmax(t)
 
 
+def normal(x):
+    return kljax.families.Normal(x, log_variance=x)
+
+
 # Of every public function a program of student and teacher logits.
 PROGRAMS = {
     "kl": of_two(kljax.kl),
@@ -60,6 +64,13 @@ PROGRAMS = {
     "compat.keras": lambda s, t: keras.kl_divergence(*probs(s, t)),
     "compat.optax": lambda s, t: optax.kl_divergence(s, jax.nn.softmax(t)),
     "compat.optax.softmax_cross_entropy": lambda s, t: optax.softmax_cross_entropy(s, t**2),
+    "sampled_kl": lambda s, t: kljax.sampled_kl(s, t, weights=t**2, reduction="mean"),
+    "sampled_kl_loss": lambda s, t: kljax.sampled_kl_loss(s, t, log_behavior=t, max_ratio=2.0),
+    "elbo_kl": lambda s, t: kljax.elbo_kl(normal(s), free_bits=1.0, weights=t[..., 0] ** 2),
+    "balanced_kl": lambda s, t: kljax.balanced_kl(s, t, axis=()),
+    "consistency_loss": kljax.consistency_loss,
+    "mixture": lambda s, t: kljax.mixture(s, t, 0.9).log_probs,
+    "families": lambda s, t: kljax.jeffreys(normal(s), normal(t), axis=-1),
     "Head": lambda s, t: kljax.forward_kl(
         kljax.Head(s, jnp.eye(6, 11)), kljax.Head(t, jnp.eye(6, 11)), reduction="mean"
     ),

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import kljax
@@ -24,7 +26,11 @@ CLASSES = {name: getattr(kljax, name) for name in PUBLIC if inspect.isclass(geta
 
 # Leaves: nothing imports them, and they are loaded when asked for.
 SYSTEMS = ["gluon", "keras", "optax", "torch", "torchmetrics"]
-LEAVES = [f"kljax.compat.{system}" for system in SYSTEMS] + ["kljax.metrics.nnx", "kljax.metrics"]
+LEAVES = [f"kljax.compat.{system}" for system in SYSTEMS]
+LEAVES += ["kljax.metrics.nnx", "kljax.metrics", "kljax.training"]
+FAMILIES = ["categorical", "binomial", "geometric", "bernoulli", "beta", "dirichlet", "exponential"]
+FAMILIES += ["gamma", "gumbel", "laplace", "log_normal", "multivariate_normal", "normal"]
+FAMILIES += ["poisson", "uniform", "von_mises", "_math"]
 
 # From the top to the bottom: a module imports only those below it.
 ORDER = [
@@ -33,10 +39,16 @@ ORDER = [
     "kljax.compat._checks",
     "kljax.compat",
     "kljax",
+    "kljax.latents",
+    "kljax.families",
+    *(f"kljax.families.{family}" for family in FAMILIES),
+    "kljax.mixtures",
+    "kljax.estimators",
     "kljax.objectives",
     "kljax.divergences",
     "kljax.sparse",
     "kljax._pipeline",
+    "kljax._closed_forms",
     "kljax._reading",
     "kljax.reduction",
     "kljax.distributions",
@@ -144,11 +156,12 @@ def test_leaves_are_imported_by_nobody():
 
 def test_import_loads_neither_flax_nor_optax_nor_pallas():
     """`import kljax` stays light, in a fresh interpreter, and so do the leaves but for Flax's."""
-    light = [leaf for leaf in LEAVES if leaf != "kljax.metrics.nnx"]
+    light = {*LEAVES, "kljax.families"} - {"kljax.metrics.nnx", "kljax.training"}
     code = (
         "import sys, kljax; heavy = {'flax', 'optax', 'torch', 'torchmetrics', 'keras'}; "
+        "lazy = kljax._LAZY; "
         "found = lambda: [m for m in sys.modules if m.split('.')[0] in heavy or 'pallas' in m]; "
-        "leaves = [m for m in sys.modules if 'kljax.compat' in m or 'kljax.metrics' in m]; "
+        "leaves = [m for m in sys.modules if m.startswith(tuple(f'kljax.{x}' for x in lazy))]; "
         f"print(found(), leaves); import {', '.join(light)}; print(found())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -203,6 +216,16 @@ def test_the_readme_s_code_runs(capsys):
     printed = capsys.readouterr().out
     assert "predictions look like probabilities" in printed
     assert "nan" not in printed
+
+
+def test_the_training_page_s_code_runs():
+    page = (ROOT.parent / "docs" / "training.md").read_text()
+    names = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, names)
+    assert names["state"].kl <= 0.01 * (1 + 1e-5)
+    assert jnp.isfinite(names["loss"])
 
 
 def test_typed():
