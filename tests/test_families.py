@@ -106,76 +106,101 @@ PAIRS = {
         ),
     ],
 }
-CASES = [(name, i) for name, pairs in PAIRS.items() for i in range(len(pairs))]
 WITHOUT_ENTROPY = {"Poisson", "Binomial"}
+SLOW_GRADIENTS = {"Beta", "Dirichlet", "Gamma", "VonMises", "Gumbel"}  # for the oracle
 
 
-def sides(name, i=0, dtype=np.float32):
-    """Two distributions, and the same as the oracle takes them."""
-    pair = [{k: np.asarray(x, dtype) for k, x in side.items()} for side in PAIRS[name][i]]
-    made = [getattr(families, name)(**side) for side in pair]
-    exact = [{k: np.float64(x).tolist() for k, x in side.items()} for side in pair]
-    return made, exact
+def sides(name, dtype=np.float32):
+    """All pairs of a family as two batches, and each of them as the oracle takes it."""
+    pairs = [
+        [{k: np.asarray(x, dtype) for k, x in side.items()} for side in pair]
+        for pair in PAIRS[name]
+    ]
+    batches = [jax.tree.map(lambda *xs: np.stack(xs), *side) for side in zip(*pairs, strict=True)]
+    exact = [[{k: np.float64(x).tolist() for k, x in s.items()} for s in pair] for pair in pairs]
+    return [getattr(families, name)(**batch) for batch in batches], exact
 
 
-@pytest.mark.parametrize(("name", "i"), CASES)
-def test_values(name, i):
-    (p, q), (exact_p, exact_q) = sides(name, i)
-    want = oracle.kl(name, exact_p, exact_q)
-    back = oracle.kl(name, exact_q, exact_p)
-    np.testing.assert_allclose(kljax.kl(p, q), want, rtol=4e-5)
-    np.testing.assert_allclose(kljax.forward_kl(p, q), back, rtol=4e-5)
-    np.testing.assert_allclose(kljax.reverse_kl(p, q), want, rtol=4e-5)
-    np.testing.assert_allclose(jax.jit(kljax.jeffreys)(p, q), want + back, rtol=4e-5)
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # to compile fast
+def values_of(p, q):
+    found = {f.__name__: f(p, q) for f in (kljax.kl, kljax.forward_kl, kljax.reverse_kl)}
+    found["jeffreys"] = kljax.jeffreys(p, q)
+    equal = jax.vjp(kljax.kl, p, p)
+    found["equal"], found["at equality"] = equal[0], equal[1](jnp.ones_like(equal[0]))
+    if type(p).__name__ not in WITHOUT_ENTROPY:
+        found["entropy"], found["cross_entropy"] = kljax.entropy(p), kljax.cross_entropy(q, p)
+    return found
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values(name):
+    """And exactly 0 at equality, with a gradient of 0; but a uniform one's support moves."""
+    (p, q), pairs = sides(name)
+    got = values_of(p, q)
+    want = np.array([oracle.kl(name, a, b) for a, b in pairs])
+    back = np.array([oracle.kl(name, b, a) for a, b in pairs])
+    close = partial(np.testing.assert_allclose, rtol=4e-5)
+    close(got["kl"], want)
+    close(got["forward_kl"], back)
+    close(got["reverse_kl"], want)
+    close(got["jeffreys"], want + back)
+    np.testing.assert_array_equal(got["equal"], 0)
+    if name != "Uniform":
+        for x in jax.tree.leaves(got["at equality"]):
+            np.testing.assert_array_equal(x, 0)
+    if name not in WITHOUT_ENTROPY:
+        assert_close(got["entropy"], [oracle.entropy(name, a) for a, _ in pairs])
+        assert_close(got["cross_entropy"], [oracle.cross_entropy(name, a, b) for a, b in pairs])
+
+
+@pytest.mark.parametrize("name", WITHOUT_ENTROPY)
+def test_no_closed_form_of_an_entropy(name):
+    (p, q), _ = sides(name)
+    message = f"one of known entropy; got {name}. Sum or sample it"
+    with pytest.raises(TypeError, match=f"^entropy: the distribution must be {message}"):
+        kljax.entropy(p)
+    with pytest.raises(TypeError, match=f"^cross_entropy: the distribution must be {message}"):
+        kljax.cross_entropy(q, p)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "i"), CASES)
-def test_values_in_float64(name, i):
-    (p, q), exact = sides(name, i, np.float64)
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_in_float64(name):
+    (p, q), pairs = sides(name, np.float64)
     got = kljax.kl(p, q)
     assert got.dtype == np.float64
-    np.testing.assert_allclose(got, oracle.kl(name, *exact), rtol=1e-10)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_entropies(name):
-    (p, q), exact = sides(name)
-    if name in WITHOUT_ENTROPY:
-        with pytest.raises(TypeError, match=f"one of known entropy; got {name}. Sum or sample it"):
-            kljax.entropy(p)
-        return
-    assert_close(kljax.entropy(p), oracle.entropy(name, exact[0]))
-    assert_close(kljax.cross_entropy(q, p), oracle.cross_entropy(name, *exact))
-
-
-SLOW_GRADIENTS = {"Beta", "Dirichlet", "Gamma", "VonMises", "Gumbel"}
+    np.testing.assert_allclose(got, [oracle.kl(name, *pair) for pair in pairs], rtol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("name", "i"),
+    "name",
     [
-        pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW_GRADIENTS else [])
-        for case in CASES
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_GRADIENTS else [])
+        for name in PAIRS
     ],
 )
-def test_gradients(name, i):
-    """In both modes; second derivatives are checked against differences of the first."""
-    (p, q), exact = sides(name, i)
-    if name == "Categorical" and i:
-        pytest.skip("the oracle has no derivative at a probability of 0")
-    got = jax.grad(kljax.kl, (0, 1))(p, q)
-    want = oracle.kl_gradient(name, *exact)
-    sizes = [abs(x).max() for side in want for x in side.values()]
-    for side, exact_side in zip(got, want, strict=True):
-        for parameter, gradient in exact_side.items():
-            np.testing.assert_allclose(
-                getattr(side, parameter), gradient, rtol=2e-4, atol=2e-6 * max(sizes)
-            )
-    forward = jax.jacfwd(kljax.kl, (0, 1))(p, q)
-    for one, other in zip(jax.tree.leaves(forward), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * max(sizes))
+def test_gradients(name):
+    """In both modes."""
+    (p, q), pairs = sides(name)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def in_both_modes(p, q):
+        flat, unravel = ravel_pytree((p, q))
+        total = lambda x: kljax.kl(*unravel(x), reduction="sum")  # noqa: E731
+        return jax.grad(total)(flat), jax.jacfwd(total)(flat), unravel(jax.grad(total)(flat))
+
+    reverse, forward, got = in_both_modes(p, q)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-6 * abs(reverse).max())
+    for n, pair in enumerate(pairs):
+        if any(0 in np.ravel(side.get("probs", 1)) for side in pair):
+            continue  # the oracle has no derivative there
+        want = oracle.kl_gradient(name, *pair)
+        size = max(abs(x).max() for side in want for x in side.values())
+        for side, exact in zip(got, want, strict=True):
+            for parameter, gradient in exact.items():
+                found = getattr(side, parameter)[n]
+                np.testing.assert_allclose(found, gradient, rtol=2e-4, atol=2e-6 * size)
 
 
 @pytest.mark.slow
@@ -183,7 +208,7 @@ def test_gradients(name, i):
 @pytest.mark.parametrize("name", sorted({*PAIRS} - {"Binomial", "MultivariateNormal"}))
 def test_second_derivatives(name):
     """Against differences of the gradient, and where both sides are equal."""
-    (p, q), _ = sides(name, 0, np.float64)
+    p, q = (jax.tree.map(lambda x: x[0], side) for side in sides(name, np.float64)[0])
     for a, b in ((p, q), (p, p)):
         flat, unravel = ravel_pytree((a, b))
         gradient = jax.jit(jax.grad(lambda x, back=unravel: kljax.kl(*back(x))))
@@ -193,17 +218,6 @@ def test_second_derivatives(name):
         want = np.array([(gradient(flat + s) - gradient(flat - s)) / (2 * step) for s in steps])
         if name != "Uniform" or b is not a:  # there p leaves q at once
             np.testing.assert_allclose(hessian, want, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_equal_parameters(name):
-    """Exactly 0, with a gradient of 0; but a uniform distribution's support moves."""
-    (p, _), _ = sides(name)
-    value, gradients = jax.value_and_grad(kljax.kl, (0, 1))(p, p)
-    assert value == 0
-    if name != "Uniform":
-        for x in jax.tree.leaves(gradients):
-            np.testing.assert_array_equal(x, 0)
 
 
 def test_far_and_near_the_textbook_formula_fails():

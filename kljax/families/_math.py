@@ -168,10 +168,6 @@ def _trigamma(x: Array) -> Array:
 GAMMA = _potential(_log_gamma, _digamma, _trigamma, reach=0)
 
 
-def digamma(x: Array) -> Array:
-    return GAMMA.slope(x) + jnp.log(x)
-
-
 # log I0(x) - x. Series: the logarithm of DLMF 10.40.1, with the coefficients c_n of x^-n.
 _BESSEL = {1: 1 / 8, 2: 1 / 16, 3: 25 / 384, 4: 13 / 128, 5: 1073 / 5120, 6: 103 / 192}
 

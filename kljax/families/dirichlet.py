@@ -5,13 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
 from kljax._closed_forms import Family, Parameter
 from kljax._engine.terms import excess
 from kljax.distributions._pytree import pytree
-from kljax.families._math import GAMMA, bregman, digamma, log_ratio
+from kljax.families._math import GAMMA, bregman, log_ratio
 
 
 @pytree
@@ -51,9 +50,9 @@ class Dirichlet(Family):
     def entropy(self: Any) -> Array:
         a = self.concentration
         total = jnp.sum(a, -1)
-        log_mass = jnp.sum(gammaln(a), -1) - gammaln(total)
-        spread = (total - a.shape[-1]) * digamma(total)
-        return log_mass + spread - jnp.sum((a - 1) * digamma(a), -1)
+        each = GAMMA.value(a) + jnp.log(a / total[..., None]) - (a - 1) * GAMMA.slope(a)
+        of_total = GAMMA.value(total) - (total - a.shape[-1]) * GAMMA.slope(total)
+        return jnp.sum(each, -1) - of_total
 
 
 def _log_ratio_of_sums(p: Array, q: Array) -> Array:

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
 from kljax._closed_forms import Family, Parameter
 from kljax._engine.terms import excess
 from kljax.distributions._pytree import pytree
-from kljax.families._math import GAMMA, bregman, digamma, log_ratio
+from kljax.families._math import GAMMA, bregman, log_ratio
 
 
 @pytree
@@ -50,4 +49,4 @@ class Gamma(Family):
 
     def entropy(self: Any) -> Array:
         a = self.concentration
-        return a - jnp.log(self.rate) + gammaln(a) + (1 - a) * digamma(a)
+        return jnp.log(a) - jnp.log(self.rate) + GAMMA.value(a) + (1 - a) * GAMMA.slope(a)
