@@ -70,7 +70,7 @@ def alike(got, want):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * largest)
 
 
-@pytest.mark.slow(but=["forward", "log-probabilities", "forward in blocks"])
+@pytest.mark.slow(but=["forward", "log-probabilities"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_derivative(rng, case):
     """Value, gradient, tangent and Hessian-vector product, to both sides and the temperature."""

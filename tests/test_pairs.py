@@ -25,14 +25,12 @@ def exact(p, q, temperature=1.0):
 @jax.jit
 def in_tiles(p, q, inverse):
     """Of 128 classes at a time, put together as a tree, as compilers for accelerators do."""
-    parts = [
-        pair_states(x, y, inverse, LAST, both=True)
-        for x, y in zip(jnp.split(p, 64, axis=1), jnp.split(q, 64, axis=1), strict=True)
-    ]
-    while len(parts) > 1:
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        parts = [[merge(*both, inverse) for both in zip(a, b, strict=True)] for a, b in pairs]
-    return [state.divergence[:, 0] for state in parts[0]], parts[0][0].log_masses[:, 0]
+    p, q = (x.reshape(4, 64, 128) for x in (p, q))
+    states = pair_states(p, q, inverse, Classes(None, (2,)), both=True)
+    while states[0].gap.shape[1] > 1:
+        even, odd = (jax.tree.map(lambda x, n=n: x[:, n::2], states) for n in (0, 1))
+        states = [merge(*both, inverse) for both in zip(even, odd, strict=True)]
+    return [state.divergence[:, 0, 0] for state in states], states[0].log_masses[:, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
