@@ -455,6 +455,24 @@ def test_composed_and_resumed(rng, name):
     assert optax.tree.get(state, "ema_params")["a"].shape == (5, 4)
 
 
+def test_resumed_from_an_orbax_checkpoint(rng, tmp_path):
+    """States of optax are what it saves."""
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tx, params = wrapped(rng)["chain"], parameters(rng)
+    params, state, _ = run(tx, params, 3, kl=0.01)
+    controller = training.adaptive_kl_coefficient(0.1, horizon=10)
+    coefficient = controller.update(controller.init(), 0.3)
+    with checkpoint.StandardCheckpointer() as saved:
+        saved.save(tmp_path / "state", (params, state, coefficient))
+        saved.wait_until_finished()
+        like = (parameters(rng), tx.init(params), controller.init())
+        again = saved.restore(tmp_path / "state", like)
+    want, _, _ = run(tx, params, 2, state, kl=0.01)
+    got, _, _ = run(tx, again[0], 2, again[1], kl=0.01)
+    np.testing.assert_array_equal(got["a"], want["a"])
+    assert controller.update(again[2], 0.1) == controller.update(coefficient, 0.1)
+
+
 def test_with_flax(rng):
     """Linen's TrainState by its parts, and NNX's Optimizer, which passes `kl` on."""
     nnx = pytest.importorskip("flax.nnx")
