@@ -54,6 +54,11 @@ class Family(Distribution, ABC):
         )
         return jnp.broadcast_shapes(*shapes)
 
+    @property
+    def events(self) -> dict[str, int]:
+        """The size of an event, by each parameter that tells it."""
+        return {n: x.shape[-1] for n, x in self.given.items() if self.parameters[n].event_axes}
+
     def read(self, caller: str, argument: str) -> Self:
         """The same of JAX arrays, or an error that names caller and argument."""
         checks.require_one_of(caller, argument, tuple(self.given), self.one_of)
@@ -63,6 +68,7 @@ class Family(Distribution, ABC):
             arrays[name] = checks.to_array(caller, which, value)
             checks.require_event(caller, which, arrays[name], self.parameters[name].event_axes)
         found = replace(cast(Any, self), **arrays)
+        checks.require_same_events(caller, argument, found.events)
         checks.require_broadcasting(caller, argument, lambda: found.batch, shapes(found))
         return found
 
@@ -142,6 +148,8 @@ def require_batch(caller: str, sides: dict[str, Family]) -> Shape:
     """That of all sides together."""
     batches = {argument: side.batch for argument, side in sides.items()}
     *_, last = sides
+    events = {f"{a}.{n}": size for a, side in sides.items() for n, size in side.events.items()}
+    checks.require_same_events(caller, last, events)
     return checks.require_broadcasting(
         caller, last, lambda: jnp.broadcast_shapes(*batches.values()), batches
     )

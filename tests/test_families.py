@@ -425,6 +425,14 @@ ERRORS = [
         lambda: kljax.entropy(families.MultivariateNormal(jnp.zeros(2), jnp.ones((2, 3)))),
         r"p.scale_tril must be square matrices; got shape \(2, 3\)",
     ),
+    (
+        lambda: kljax.entropy(families.MultivariateNormal(jnp.zeros(1), jnp.eye(3))),
+        "p must be of events of one size; got loc 1, scale_tril 3",
+    ),
+    (
+        lambda: kljax.kl(families.Dirichlet(jnp.ones(3)), families.Dirichlet(jnp.ones(1))),
+        "q must be of events of one size; got p.concentration 3, q.concentration 1",
+    ),
     (lambda: kljax.entropy(families.Dirichlet(1.0)), "an array of at least 1 axes"),
     (lambda: kljax.entropy(families.Exponential("x")), "p.rate must be an array"),
     (

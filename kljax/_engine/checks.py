@@ -547,6 +547,13 @@ def require_event(caller: str, argument: str, x: Array, event_axes: int) -> None
         fail(caller, argument, "square matrices", f"shape {x.shape}", "They are the last two axes.")
 
 
+def require_same_events(caller: str, argument: str, sizes: dict[str, int]) -> None:
+    if len(set(sizes.values())) > 1:
+        got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        remedy = "An event does not broadcast."
+        fail(caller, argument, "of events of one size", got, remedy)
+
+
 def require_broadcasting(
     caller: str, argument: str, shape: Callable[[], Shape], shapes: dict[str, Shape]
 ) -> Shape:

@@ -50,4 +50,4 @@ class Gumbel(Family):
         return excess(w) + of_gamma
 
     def entropy(self: Any) -> Array:
-        return 1 + EULER + jnp.log(self.scale) + 0 * self.loc
+        return 1 + EULER + jnp.log(self.scale)

@@ -46,7 +46,7 @@ class Laplace(Family):
         return excess(log_ratio(self.scale, other.scale)) + self.scale / other.scale * distance
 
     def entropy(self: Any) -> Array:
-        return 1 + jnp.log(2 * self.scale) + 0 * self.loc
+        return 1 + jnp.log(2 * self.scale)
 
 
 @jax.custom_jvp

@@ -74,7 +74,7 @@ class MultivariateNormal(Family):
     def entropy(self: Any) -> Array:
         factor = _factor(self)
         each = 0.5 * (1 + math.log(2 * math.pi)) + jnp.log(_diagonal(factor))
-        return jnp.sum(each, -1) + 0 * jnp.sum(self.loc, -1)
+        return jnp.sum(each, -1)
 
 
 def _diagonal(x: Array) -> Array:

@@ -55,7 +55,7 @@ class Normal(Family):
         return 0.5 * (excess(2 * _log_ratio_of_scales(self, other)) + step**2)
 
     def entropy(self: Any) -> Array:
-        return 0.5 * (1 + math.log(2 * math.pi)) + _log_scale(self) + 0 * self.loc
+        return 0.5 * (1 + math.log(2 * math.pi)) + _log_scale(self)
 
 
 def _scale(of: Any) -> Array:

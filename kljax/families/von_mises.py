@@ -47,4 +47,4 @@ class VonMises(Family):
 
     def entropy(self: Any) -> Array:
         k = self.concentration
-        return math.log(2 * math.pi) + BESSEL.value(k) - k * BESSEL.slope(k) + 0 * self.loc
+        return math.log(2 * math.pi) + BESSEL.value(k) - k * BESSEL.slope(k)
