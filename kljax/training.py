@@ -376,7 +376,7 @@ def adaptive_kl_coefficient(
     Args:
         target: The divergence to hold.
         horizon: In how many steps, or samples, an error of 20% changes the coefficient by 20%.
-        initial: Where it begins.
+        initial: Where it begins: a number, or one for each of several runs at once.
 
     Returns:
         An object with ``init() -> state`` and ``update(state, kl, n=1) -> state``; the loss is
@@ -538,7 +538,9 @@ def natural_gradient(
             curved = product(jax.tree.map(lambda x, like: x.astype(like.dtype), v, params))
             return jax.tree.map(lambda x, y: x.astype(y.dtype) + damping * y, curved, v)
 
-        direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, maxiter=cg_iterations)
+        # Not a constant: XLA:CPU misreads products with constants that it broadcasts.
+        start = jax.tree.map(lambda x: 0 * x, gradient)
+        direction, _ = jax.scipy.sparse.linalg.cg(damped, gradient, start, maxiter=cg_iterations)
         length = _dot(direction, damped(direction)) - damping * _dot(direction, direction)
         moves = length > 0
         longest = jnp.where(moves, jnp.sqrt(2 * radius / jnp.where(moves, length, 1)), 0)

@@ -74,6 +74,7 @@ ORDER = [
     "kljax._engine.states",
     "kljax._engine.lowering",
     "kljax._engine.meshes",
+    "kljax._engine.primitives",
     "kljax._engine.terms",
     "kljax._engine",
 ]
@@ -166,6 +167,23 @@ def test_import_loads_neither_flax_nor_optax_nor_pallas():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[] []", "[]"]
+
+
+@pytest.mark.parametrize(
+    "call", ["kl(x, 2 * x)", "kl(x, Head(x, x.T @ x), implementation=Chunked(2))"]
+)
+def test_the_first_call_in_a_process_compiles_once(call):
+    """What is imported while a function is traced must not change what JAX keys it by.
+
+    If it fails at an import, `kljax/_engine/primitives.py` reads what JAX has moved.
+    """
+    code = (
+        "import jax, jax.numpy as jnp; from kljax import Chunked, Head, kl; "
+        f"f = jax.jit(jax.grad(lambda x: ({call}).sum())); "
+        "x = jnp.ones((4, 5)); f(x); f(x); print(f._cache_size())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 for leaf in LEAVES:

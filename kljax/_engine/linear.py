@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 
+from kljax._engine import primitives
+
 Tree = Any
 
 
@@ -62,10 +64,7 @@ def call(linear: Map, residuals: Tree, x: Tree, like: Tree | None = None) -> Tre
 
 @cache
 def _primitive() -> Any:
-    from jax.extend.core import Primitive  # here, for it loads Pallas
-
-    primitive = Primitive("kljax_linear")
-    primitive.multiple_results = True
+    primitive = primitives.of_many_results("kljax_linear")
     primitive.def_impl(_impl)
     primitive.def_abstract_eval(lambda *_, avals, **__: list(avals))
     mlir.register_lowering(primitive, mlir.lower_fun(_impl, multiple_results=True))

@@ -12,7 +12,7 @@ import jax
 from jax import Array, lax
 from jax.interpreters import batching, mlir
 
-from kljax._engine import meshes
+from kljax._engine import meshes, primitives
 
 Tree = Any
 Choose = Callable[[str, int], Callable[..., Tree]]  # (platform, number of devices)
@@ -50,10 +50,7 @@ def by_platform(like: Tree, *args: Tree, default: Callable[..., Tree], **ways: A
 
 @cache
 def _primitive() -> Any:
-    from jax.extend.core import Primitive  # here, for it loads Pallas
-
-    primitive = Primitive("kljax_choice")
-    primitive.multiple_results = True
+    primitive = primitives.of_many_results("kljax_choice")
     primitive.def_impl(lambda *args, choose, avals: _on_any(_KNOWN, choose, 1)(*args))
     primitive.def_abstract_eval(lambda *_, choose, avals: list(avals))
     mlir.register_lowering(primitive, _lower)
