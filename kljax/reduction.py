@@ -37,7 +37,9 @@ def reduce(
     no axes. "none" keeps the shape, the others give a scalar.
 
     Zeros: a weight of 0 takes its example out of the value and the gradient to values; one that
-    is NaN or infinite also out of every other derivative. A denominator of 0 gives 0.
+    is NaN or infinite also out of every other derivative. A denominator of 0 gives 0. What the
+    values are made of is not seen here: where its own derivative is NaN or infinite, 0 times that
+    is NaN, so select harmless inputs first, ``jnp.where(mask, x, 0)``, as `sampled_kl` does.
     Gradients: to values, weights and normalizer. Through ``axis_name`` they are exact for ``grad``
     outside the map, and inside ``shard_map(check_vma=True)``. Inside ``vmap`` or
     ``check_vma=False`` JAX's transposed psum multiplies every gradient by the axis size: average

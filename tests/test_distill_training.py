@@ -88,7 +88,7 @@ def drawn(example, arm):
     train = example.Digits(
         train.images, np.where(seen, train.labels, -1), logits.astype(np.float32)
     )
-    keys, last = jax.random.split(jax.random.key(0), args.seeds), jnp.full(args.seeds, 10)
+    keys, last = example.keys_of(args), jnp.full(args.seeds, 10)
     batch = example.draw(train, keys, last, batch_size=args.batch_size)
     batch, state = jax.tree.map(lambda x: x[0], (batch, example.start(arm, keys, args)))
     graph = example.nnx.graphdef(example.Perceptron(arm.width, example.nnx.Rngs(0)))

@@ -497,6 +497,27 @@ def test_with_flax(rng):
     assert (layer.kernel[...] != before).any()
 
 
+def test_with_equinox(rng):
+    """Its models are pytrees of arrays and functions; the arrays are the parameters."""
+    eqx = pytest.importorskip("equinox")
+    layer = eqx.nn.Linear(5, 3, key=jax.random.key(0))
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    x = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+    outputs = lambda params: jax.vmap(eqx.combine(params, static))(x)  # noqa: E731
+    objective = lambda params: -jnp.mean(jax.nn.softmax(outputs(params))[:, 0])  # noqa: E731
+    tx = training.natural_gradient(0.01)
+    updates, state = eqx.filter_jit(tx.update)(
+        jax.grad(objective)(params),
+        tx.init(params),
+        params,
+        outputs_fn=outputs,
+        value_fn=objective,
+    )
+    new = optax.apply_updates(params, updates)
+    assert objective(new) < objective(params)
+    assert 0.005 < kljax.kl(outputs(params), outputs(new), reduction="mean") <= 0.01
+
+
 def test_distillation_in_a_jitted_step_with_everything(rng):
     """Schedule, accumulation, teacher by moving average, gate: one step, traced once."""
     params, batch = parameters(rng), batch_of(rng)
