@@ -40,10 +40,10 @@ class Distillation:
     Args:
         divergence: As for `distillation_loss`, as is all that follows.
         temperature: A number, None or a schedule.
-        scale_by_temperature: Whether to multiply the soft term by T².
         soft_weight: A number or a schedule.
         hard_weight: A number or a schedule.
         label_smoothing: A number or a schedule.
+        scale_by_temperature: Whether to multiply the soft term by T².
 
     Example:
         >>> import jax.numpy as jnp, kljax, optax
@@ -58,10 +58,10 @@ class Distillation:
 
     divergence: Callable[..., Array] = forward_kl
     temperature: Scheduled | None = None
-    scale_by_temperature: bool = True
     soft_weight: Scheduled = 1.0
     hard_weight: Scheduled = 0.0
     label_smoothing: Scheduled = 0.0
+    scale_by_temperature: bool = True
 
     def __call__(
         self,
@@ -414,7 +414,7 @@ def fisher_vector_product(
 
     Shapes: v, and the result, as the parameters. Units: nats per squared unit of a parameter.
     Zeros: an example of weight 0 has no part in it.
-    Gradients: in v it is linear; to the parameters in forward mode.
+    Gradients: in v it is linear; to the parameters in reverse and forward mode.
 
     Args:
         outputs_fn: ``outputs_fn(params)``, logits or any distribution, families too.

@@ -320,6 +320,23 @@ def test_fisher_products_against_the_dense_matrix(rng, kind):
         np.testing.assert_allclose(got, want @ v + 0.1 * v, rtol=1e-4, atol=1e-4)
 
 
+def test_a_product_is_differentiated_in_the_parameters(rng):
+    params, x = parameters(rng), jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    flat, unravel = ravel_pytree(params)
+    v, w, step = (jnp.asarray(rng.normal(size=flat.size), jnp.float32) for _ in range(3))
+
+    def along(flat):
+        product = training.fisher_vector_product(lambda p: model(p, x), unravel(flat))
+        return w @ ravel_pytree(product(unravel(v)))[0]
+
+    forward = jax.jit(lambda: jax.jvp(along, (flat,), (step,))[1])()
+    assert_close(jax.jit(jax.grad(along))(flat) @ step, forward)
+    f = jax.jit(along)
+    np.testing.assert_allclose(
+        forward, (f(flat + 1e-2 * step) - f(flat - 1e-2 * step)) / 2e-2, rtol=2e-2
+    )
+
+
 def test_a_product_does_not_run_the_model_again(rng):
     """It is linearised once."""
     params, x = parameters(rng), jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
