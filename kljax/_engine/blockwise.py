@@ -84,7 +84,11 @@ def _values(run: Run, leaves: Leaves) -> Rows:
 
         return sweep(blocks, leaves, run.axes, body, _per_example(run, leaves))[1]
 
-    each, *seen = _where_it_runs(run, compute, leaves)
+    def like() -> list[Any]:
+        each, seen = _evaluated(run, leaves)
+        return [each, *seen]
+
+    each, *seen = _where_it_runs(run, compute, leaves, like)
     return each, tuple(seen)
 
 
@@ -108,7 +112,11 @@ def _total(run: Run, leaves: Leaves) -> Rows:
         sums, rows = sweep(blocks, leaves, run.axes, body, _per_example(run, leaves)[1:])
         return [*sums, *rows]
 
-    value, *seen = _where_it_runs(run, compute, leaves)
+    def like() -> list[Any]:
+        each, seen = _evaluated(run, leaves)
+        return [jax.ShapeDtypeStruct((), each.dtype), *seen]
+
+    value, *seen = _where_it_runs(run, compute, leaves, like)
     return value, tuple(seen)
 
 
@@ -136,7 +144,12 @@ def _total_with_gradient(
     def compute(blocks: Blocks, *leaves: Array) -> tuple[Array, Leaves, Leaves]:
         return _pull(run, blocks, moving, leaves, None)
 
-    value, seen, gradient = _where_it_runs(run, compute, leaves)
+    def like() -> tuple[Any, Any, Any]:
+        each, seen = _evaluated(run, leaves)
+        value = jax.ShapeDtypeStruct((), each.dtype)
+        return value, list(seen), [_struct(leaves[i]) for i in moving]
+
+    value, seen, gradient = _where_it_runs(run, compute, leaves, like)
     return value, tuple(seen), gradient
 
 
@@ -168,7 +181,7 @@ def _along_total(run: Run, moving: tuple[int, ...]) -> linear.Map:
                 for i, g, row in zip(moving, gradient, rows, strict=True)
             ]
 
-        return _where_it_runs(run, compute, [ct, *gradient])
+        return _where_it_runs(run, compute, [ct, *gradient], lambda: list(gradient))
 
     def plain_apply(residuals: tuple[Leaves, Leaves], steps: Leaves) -> Array:
         return _push(run, whole(run.batch), moving, [*residuals[0], *steps], sum_up=True)
@@ -190,7 +203,8 @@ def _along_values(run: Run, moving: tuple[int, ...]) -> linear.Map:
 
     def transpose(leaves: Leaves, cts: Array) -> Leaves:
         pull = lambda blocks, cts, *leaves: _pull(run, blocks, moving, leaves, cts)[2]  # noqa: E731
-        return _where_it_runs(run, pull, [cts, *leaves])
+        like = lambda: [_struct(leaves[i]) for i in moving]  # noqa: E731
+        return _where_it_runs(run, pull, [cts, *leaves], like)
 
     plain = linear.Map(
         lambda leaves, steps: _push(run, whole(run.batch), moving, [*leaves, *steps]),
@@ -304,8 +318,14 @@ def _watched(rows: Rows) -> Rows:
     return rows[0], jax.tree.map(lax.stop_gradient, rows[1])
 
 
-def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
-    """Choose the blocks when the program is lowered: then platform and devices are known."""
+def _where_it_runs(
+    run: Run, compute: Callable[..., Tree], args: Any, like: Callable[[], Tree] | None = None
+) -> Tree:
+    """Choose the blocks when the program is lowered: then platform and devices are known.
+
+    Args:
+        like: Tells the shapes and dtypes of the result, where they are known without a trace.
+    """
     path = run.path
     if path.whole:
         return compute(path.cpu, *args)
@@ -318,14 +338,24 @@ def _where_it_runs(run: Run, compute: Callable[..., Tree], args: Any) -> Tree:
     if path.names or varying(args):  # what is mapped by hand is on one device
         platforms = {name: on(name, 1) for name in ("cpu", "tpu")}
         return lax.platform_dependent(*args, default=on("cuda", 1), **platforms)
+    if like is not None:
+        return lowering.choose(on, like(), *args)
     # As one block all shapes are the same, and there is no loop to trace.
-    like = jax.eval_shape(partial(compute, whole(run.batch)), *args)
-    return lowering.choose(on, like, *args)
+    return lowering.choose(on, jax.eval_shape(partial(compute, whole(run.batch)), *args), *args)
+
+
+def _evaluated(run: Run, leaves: Any) -> Any:
+    """The shapes of the values, and of what there is to look at."""
+    return jax.eval_shape(partial(_evaluate, run), list(leaves))
+
+
+def _struct(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _per_example(run: Run, leaves: Any) -> list[Axes]:
     """Where the batch axes are in the values, and in each array there is to look at."""
-    _, seen = jax.eval_shape(partial(_evaluate, run), list(leaves))
+    _, seen = _evaluated(run, leaves)
     return [tuple(range(len(run.batch)))] * (1 + len(seen))
 
 
