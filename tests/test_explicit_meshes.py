@@ -35,6 +35,13 @@ PROGRAMS = {
     "TopK": lambda x, y: kljax.forward_kl(x, FEW),
     "TopK and where": lambda x, y: kljax.forward_kl(x, FEW, where=LABELS != 3),
     "Head": lambda x, y: kljax.forward_kl(kljax.Head(x, KERNEL), kljax.Head(y, KERNEL)),
+    "elbo_kl": lambda x, y: kljax.elbo_kl(
+        kljax.families.Normal(x, log_variance=y), weights=LABELS % 3, free_bits=0.1
+    ),
+    "sampled_kl_loss": lambda x, y: kljax.sampled_kl_loss(
+        x, y, log_behavior=Y, sequence_axis=1, weights=LABELS % 2, reduction="mean"
+    ),
+    "mixture": lambda x, y: kljax.forward_kl(kljax.mixture(x, y, 0.3), Y),
     "metrics": lambda x, y: (
         metrics.Divergence.empty()
         .update(kljax.entropy(x), agreement=metrics.agreement(x, y))

@@ -100,7 +100,11 @@ def bregman(of: Potential, y: Array, x: Array, step: Array | None = None) -> Arr
         jnp.asarray(each, x.dtype).reshape(-1, *x.ndim * [1])
         for each in _gauss_legendre(11 if x.dtype == jnp.float64 else 6)
     )
-    curved = weights * (1 - nodes) * of.curvature(start[None] + nodes * moved[None])
+    curved = (
+        weights
+        * (1 - nodes)
+        * of.curvature(jnp.expand_dims(start, 0) + nodes * jnp.expand_dims(moved, 0))
+    )
     a, b = jnp.where(near, 1, x), jnp.where(near, 1, y)
     apart = of.value(b) - of.value(a) - of.slope(a) * (b - a)
     return jnp.where(near, moved**2 * jnp.sum(curved, 0), apart)
@@ -208,7 +212,7 @@ def _variance_of_cosine(x: Array) -> Array:
     )
 
     def summed(x: Array) -> Array:
-        mass = step * jnp.exp(-x[..., None] * down)
+        mass = step * jnp.exp(-jnp.expand_dims(x, -1) * down)
         mass = mass / jnp.sum(mass, -1, keepdims=True)
         mean = jnp.sum(mass * down, -1, keepdims=True)
         return jnp.sum(mass * (down - mean) ** 2, -1)

@@ -42,7 +42,7 @@ class Dirichlet(Family):
     def kl(self: Any, other: Any) -> Array:
         p, q = jnp.broadcast_arrays(self.concentration, other.concentration)
         # Q times the divergence of the mean probabilities, and what the concentrations add.
-        of_means = log_ratio(p, q) - _log_ratio_of_sums(p, q)[..., None]
+        of_means = log_ratio(p, q) - jnp.expand_dims(_log_ratio_of_sums(p, q), -1)
         from_means = jnp.sum(q * excess(of_means), -1)
         whole = bregman(GAMMA, jnp.sum(q, -1), jnp.sum(p, -1), jnp.sum(q - p, -1))
         return from_means + (jnp.sum(bregman(GAMMA, q, p), -1) - whole)
@@ -50,7 +50,7 @@ class Dirichlet(Family):
     def entropy(self: Any) -> Array:
         a = self.concentration
         total = jnp.sum(a, -1)
-        each = GAMMA.value(a) + jnp.log(a / total[..., None]) - (a - 1) * GAMMA.slope(a)
+        each = GAMMA.value(a) + jnp.log(a / jnp.expand_dims(total, -1)) - (a - 1) * GAMMA.slope(a)
         of_total = GAMMA.value(total) - (total - a.shape[-1]) * GAMMA.slope(total)
         return jnp.sum(each, -1) - of_total
 
