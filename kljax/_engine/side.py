@@ -292,5 +292,7 @@ def _log_ratio(
 
 def log_ratio_of_masses(a: Array, b: Array) -> Array:
     """log a - log b; to exchange the two changes the sign and nothing else."""
-    less = jnp.minimum(a, b)
-    return jnp.log1p((a - less) / less) - jnp.log1p((b - less) / less)
+    is_less = a < b
+    less, more = jnp.where(is_less, a, b), jnp.where(is_less, b, a)
+    log_ratio = jnp.log1p((more - less) / less)
+    return jnp.where(is_less, -log_ratio, log_ratio)
