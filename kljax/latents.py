@@ -1,5 +1,6 @@
 """KL terms of latent variables: variational autoencoders and world models."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -104,12 +105,13 @@ def elbo_kl(
 
     if per_example:
         values = weighting.reduced(above(jnp.sum(each, layout.axis)))
-    elif free_bits_per == "batch":
-        values = above(weighting.reduced(jnp.sum(each, layout.axis)))
     else:
         by_latent = jnp.moveaxis(each, layout.axis, range(len(layout.axis)))
-        by_latent = by_latent.reshape(-1, *layout.batch)
-        values = jnp.sum(above(jax.vmap(weighting.reduced)(by_latent)))
+        by_latent = by_latent.reshape(math.prod(layout.classes), *layout.batch)
+        means = jax.vmap(weighting.reduced)(by_latent)
+        values = jnp.sum(above(means)) if free_bits_per == "dim" else above(jnp.sum(means))
+        some = weighting.reduced(jnp.ones(layout.batch, each.dtype)) != 0
+        values = jnp.where(some, values, 0)  # of no examples there is no floor either
     return beta.astype(values.dtype) * values
 
 

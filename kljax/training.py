@@ -166,7 +166,7 @@ def accumulated_value_and_grad(
         # Each device's own until the end: else JAX would sum their gradients in every turn.
         apart = [name for name in names if name in varying(arrays)]
         own = jax.tree.map(lambda x: _varies_over(x, apart), params)
-        cut = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]), batch)
+        cut = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), batch)
 
         def turn(sums: Params, m: Array) -> tuple[Params, tuple[Array, Any]]:
             part = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 1, keepdims=False), cut)

@@ -82,6 +82,17 @@ def test_nan_is_neither_hidden_by_a_floor_nor_let_out_of_what_does_not_count(nor
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("per", ["example", "dim", "batch"])
+def test_of_no_examples(normal, per):
+    """An empty batch, or no weight at all, costs nothing: no floor either."""
+    f = partial(kljax.elbo_kl, free_bits=0.5, free_bits_per=per)
+    assert f(families.Normal(jnp.zeros((0, 3)), 1.0)) == 0
+    assert f(normal[0], weights=np.zeros(6)) == 0
+    assert (
+        f(families.Normal(jnp.zeros((6, 0)), 1.0)) == {"example": 0.5, "dim": 0, "batch": 0.5}[per]
+    )
+
+
 def test_over_named_axes(normal):
     """Pooled over devices as over the batch."""
     posterior, each = normal

@@ -12,7 +12,7 @@ from helpers import assert_close, report
 from jax import lax
 
 import kljax
-from kljax import Logits, LogProbs, Probs, TopK, metrics
+from kljax import Logits, LogProbs, Probs, TopK, families, metrics
 from kljax.compat import optax, torchmetrics
 
 X = jnp.array([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]])
@@ -197,6 +197,18 @@ def test_no_nan_on_the_way_to_a_finite_result():
         lambda: jax.grad(lambda x: kljax.forward_kl(x, zeros).sum())(X),
         lambda: jax.grad(lambda x: kljax.reverse_kl(x, Y).sum())(infinite),
         lambda: jax.grad(lambda x: kljax.cross_entropy(x, jnp.array([0, 1])).sum())(X),
+        lambda: jax.grad(lambda x: kljax.mixture(x, X[0], 0.9).log_probs[0, 1])(infinite),
+        *(
+            partial(jax.grad(lambda *xs, of=of: kljax.kl(of(xs[0]), of(xs[1]))), p, q)
+            for of, points in {
+                families.Bernoulli: [(0.0, 0.0), (0.0, 0.5), (1.0, 1.0)],
+                families.Poisson: [(0.0, 0.0), (0.0, 2.0)],
+                lambda x: families.Bernoulli(logits=x): [(-jnp.inf, -jnp.inf), (jnp.inf, 0.0)],
+                lambda x: families.VonMises(1.0, x): [(0.0, 0.0)],
+                lambda x: families.Gamma(x, 1.0): [(20.0, 1.0)],
+            }.items()
+            for p, q in points
+        ),
     ]
     with jax.debug_nans(True):
         for call in calls:

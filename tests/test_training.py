@@ -190,6 +190,14 @@ def test_accumulation_under_vmap(rng):
     assert_close(gradients["a"], np.stack([slopes["a"]] * 2))
 
 
+def test_an_empty_batch(rng):
+    params, batch = parameters(rng), batch_of(rng, 0)
+    f = training.accumulated_value_and_grad(loss, 3, weights=two_weights)
+    (value, _), gradients = f(params, batch)
+    assert value == 0
+    np.testing.assert_array_equal(gradients["a"], 0)
+
+
 def test_batches_that_do_not_divide(rng):
     f = training.accumulated_value_and_grad(loss, 5, weights=two_weights)
     with pytest.raises(ValueError, match="batch must be of a multiple of 5 examples.*got 12"):

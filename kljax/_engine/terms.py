@@ -399,7 +399,7 @@ def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
         jnp.abs(z) < _LOG1P_BOUND, z + log1p_minus(z), jnp.log(heavy + light * exp_ratio)
     )
     over_heavy = jnp.where(only_light, ratio + jnp.log(light), log1p_z)
-    over_light = jnp.where(only_light, jnp.log(light), over_heavy - ratio)
+    over_light = jnp.where(only_light, jnp.log(light), log1p_z - ratio)
     a_is_heavy = _a_is_heavy(w, r)
     return (
         jnp.where(a_is_heavy, over_heavy, over_light),

@@ -43,11 +43,11 @@ def _log_ratio_jvp(
 
 def generalized_kl(a: Array, b: Array, difference: Array) -> Array:
     """a log(a / b) + b - a of masses, which may be 0, and b - a; it is not negative."""
-    near = jnp.abs(difference) < 0.5 * a
+    near, nothing = jnp.abs(difference) < 0.5 * a, a == 0
     z = jnp.where(near, difference, 0) / jnp.where(near, a, 1)
-    apart = jnp.where(near | (a == 0), 1, a)
-    direct = difference - a * (jnp.log(jnp.where(near, 1, b)) - jnp.log(apart))
-    return jnp.where(near, -a * log1p_minus(z), jnp.where(a == 0, b, direct))
+    apart_a, apart_b = (jnp.where(near | nothing, 1, x) for x in (a, b))
+    direct = difference - a * (jnp.log(apart_b) - jnp.log(apart_a))
+    return jnp.where(near, -a * log1p_minus(z), jnp.where(nothing, b, direct))
 
 
 @jax.custom_jvp

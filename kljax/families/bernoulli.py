@@ -75,7 +75,7 @@ def _of_logits(a: Array, b: Array) -> Array:
 def _log_ratio(a: Array, b: Array) -> Array:
     """log σ(b) / σ(a) = -log(1 + σ(-a) (exp(a - b) - 1)); a constant, for the term knows more."""
     a, b = jax.lax.stop_gradient((a, b))
-    step = log_difference(a, b)
+    step = jnp.where(a == b, 0, a) - jnp.where(a == b, 0, b)
     near = jnp.abs(step) < 0.5
     close = -jnp.log1p(jax.nn.sigmoid(-a) * jnp.expm1(jnp.where(near, step, 0)))
     return jnp.where(near, close, log_difference(_log(b), _log(a)))
