@@ -38,6 +38,8 @@ torch.compile and (on NVIDIA GPUs) Liger-Kernel, all in this run and called in t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
+    # Else a short program's time on CPU is that of handing it to another thread.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     everyone = contenders() + torch_peers.contenders()
     chosen = [each for each in everyone if _chosen(each, options)]
     if not chosen:

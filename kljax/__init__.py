@@ -49,14 +49,15 @@ if _typing.TYPE_CHECKING:
     from kljax import families as families
     from kljax import metrics as metrics
     from kljax import training as training
+else:  # or type checkers would take any name for one that there is
+
+    def __getattr__(name: str) -> _ModuleType:
+        if name in _LAZY:
+            return _import_module(f"kljax.{name}")
+        raise AttributeError(f"module 'kljax' has no attribute {name!r}")
+
 
 _LAZY = ("compat", "families", "metrics", "training")  # loaded when they are asked for
-
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in _LAZY:
-        return _import_module(f"kljax.{name}")
-    raise AttributeError(f"module 'kljax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

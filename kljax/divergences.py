@@ -18,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial, update_wrapper
-from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar, Unpack, cast
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -44,20 +44,31 @@ from kljax.distributions.labels import Labels
 from kljax.reduction import AxisName, Reduction
 
 F = TypeVar("F", bound=Callable[..., Any])
+Parameters = ParamSpec("Parameters")
 KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
 
 
-class OtherOptions(TypedDict, total=False):
-    """All but the reduction."""
+class SharedOptions(TypedDict, total=False):
+    """What every loss over classes takes, whatever else it has of its own."""
 
     axis: int | Iterable[int]
     where: ArrayLike | None
-    temperature: ArrayLike | None
-    weights: ArrayLike | None
     normalizer: ArrayLike | None
     axis_name: AxisName | None
     class_axis_name: ClassAxisName | None
     implementation: Implementation | None
+
+
+class UnweightedOptions(SharedOptions, total=False):
+    """All but weights and reduction."""
+
+    temperature: ArrayLike | None
+
+
+class OtherOptions(UnweightedOptions, total=False):
+    """All but the reduction."""
+
+    weights: ArrayLike | None
 
 
 class Options(OtherOptions, total=False):
@@ -79,6 +90,8 @@ class Bound(NamedTuple):
 class DivergenceFn(Protocol):
     """A loss from two distributions, as `divergence` makes it; its own parameters are keywords."""
 
+    __name__: str
+
     def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array: ...
 
     def bind(self, **params: Any) -> Bound:
@@ -89,7 +102,19 @@ class DivergenceFn(Protocol):
 class PlainDivergenceFn(Protocol):
     """One without parameters of its own, so that a type checker knows every keyword."""
 
+    __name__: str
+
     def __call__(self, predictions: Given, targets: Given, **options: Unpack[Options]) -> Array: ...
+
+    def bind(self, **params: Any) -> Bound: ...
+
+
+class KnownDivergenceFn(Protocol[Parameters]):
+    """One with parameters of its own that a type checker knows, too."""
+
+    __name__: str
+
+    def __call__(self, *args: Parameters.args, **options: Parameters.kwargs) -> Array: ...
 
     def bind(self, **params: Any) -> Bound: ...
 
@@ -224,10 +249,12 @@ def plainly(function: F, *, without: tuple[str, ...] = ()) -> F:
     return function
 
 
-def _binds(bind: Callable[..., Bound]) -> Callable[[F], F]:
+def _binds(
+    bind: Callable[..., Bound],
+) -> Callable[[Callable[Parameters, Array]], KnownDivergenceFn[Parameters]]:
     """Let a divergence tell what it will ask for, with the defaults of its signature."""
 
-    def decorate(divergence: F) -> F:
+    def decorate(divergence: Callable[Parameters, Array]) -> KnownDivergenceFn[Parameters]:
         given = inspect.signature(divergence).parameters.values()
         own = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
 
@@ -236,7 +263,7 @@ def _binds(bind: Callable[..., Bound]) -> Callable[[F], F]:
             return bind(**{**own, **params})
 
         cast(Any, divergence).bind = with_defaults
-        return plainly(divergence)
+        return cast(Any, plainly(divergence))
 
     return decorate
 

@@ -8,7 +8,7 @@ parameters: plain dictionaries, Flax Linen's and NNX's, Equinox's.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,24 @@ from kljax._engine import checks
 from kljax._engine.meshes import varying
 from kljax._reading import Given
 from kljax.distributions import LogProbs, Probs
-from kljax.divergences import forward_kl, kl, plainly
+from kljax.divergences import SharedOptions, UnweightedOptions, forward_kl, kl, plainly
 from kljax.objectives import DistillationMetrics, distillation_loss
-from kljax.reduction import AxisName
+from kljax.reduction import AxisName, Reduction
 
 Schedule = Callable[[Array], ArrayLike]
 Scheduled = ArrayLike | Schedule
 Params = TypeVar("Params")
-Batch = Any
+Batch = TypeVar("Batch")
+Aux = TypeVar("Aux")
+
+
+class _DistillationOptions(SharedOptions, total=False):
+    """What `distillation_loss` takes besides the numbers of a `Distillation`."""
+
+    weights: ArrayLike | None
+    reduction: Reduction
+    label_weights: ArrayLike | None
+    label_normalizer: ArrayLike | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Distillation:
         labels: ArrayLike | Probs | LogProbs | None = None,
         *,
         step: ArrayLike | None = None,
-        **options: Any,
+        **options: Unpack[_DistillationOptions],
     ) -> tuple[Array, DistillationMetrics]:
         """The loss and its metrics at a step.
 
@@ -102,12 +112,12 @@ def _at(step: ArrayLike | None, name: str, value: Scheduled | None) -> Any:
 
 
 def accumulated_value_and_grad(
-    loss: Callable[..., tuple[Array, Any]],
+    loss: Callable[[Params, Batch, Any], tuple[Array, Aux]],
     steps: int,
     *,
     weights: Callable[[Batch], Any],
     axis_name: AxisName | None = None,
-) -> Callable[[Params, Batch], tuple[tuple[Array, Any], Params]]:
+) -> Callable[[Params, Batch], tuple[tuple[Array, Aux], Params]]:
     r"""The loss and gradient of a batch, one micro-batch at a time: those of the whole at once.
 
     .. math:: \sum_m \frac{\sum_{n \in m} w_n \ell_n}{\sum_n w_n}
@@ -159,7 +169,7 @@ def accumulated_value_and_grad(
     names = checks.require_axis_names("accumulated_value_and_grad", "axis_name", axis_name)
     steps = checks.require_count("accumulated_value_and_grad", "steps", steps)
 
-    def value_and_grad(params: Params, batch: Batch) -> tuple[tuple[Array, Any], Params]:
+    def value_and_grad(params: Params, batch: Batch) -> tuple[tuple[Array, Aux], Params]:
         arrays = jax.tree.leaves(batch)
         checks.require_multiple("accumulated_value_and_grad", "batch", arrays, steps)
         normalizer = jax.tree.map(partial(_total, names), weights(batch))
@@ -168,7 +178,7 @@ def accumulated_value_and_grad(
         own = jax.tree.map(lambda x: _varies_over(x, apart), params)
         cut = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), batch)
 
-        def turn(sums: Params, m: Array) -> tuple[Params, tuple[Array, Any]]:
+        def turn(sums: Params, m: Array) -> tuple[Params, tuple[Array, Aux]]:
             part = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 1, keepdims=False), cut)
             found, gradients = jax.value_and_grad(loss, has_aux=True)(own, part, normalizer)
             return jax.tree.map(lambda total, x: total + x, sums, gradients), found
@@ -401,7 +411,7 @@ def fisher_vector_product(
     *,
     damping: ArrayLike = 0.0,
     weights: ArrayLike | None = None,
-    **options: Any,
+    **options: Unpack[UnweightedOptions],
 ) -> Callable[[Params], Params]:
     r"""Products with the Fisher matrix of what a model puts out, without the matrix.
 
@@ -470,7 +480,7 @@ def natural_gradient(
     damping: ArrayLike = 1e-3,
     cg_iterations: int = 10,
     backtracks: int = 10,
-    **options: Any,
+    **options: Unpack[UnweightedOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""A step of natural gradient as far as a trust region allows, as TRPO's.
 

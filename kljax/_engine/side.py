@@ -292,7 +292,5 @@ def _log_ratio(
 
 def log_ratio_of_masses(a: Array, b: Array) -> Array:
     """log a - log b; to exchange the two changes the sign and nothing else."""
-    is_less = a < b
-    less, more = jnp.where(is_less, a, b), jnp.where(is_less, b, a)
-    log_ratio = jnp.log1p((more - less) / less)
-    return jnp.where(is_less, -log_ratio, log_ratio)
+    sign = jnp.where(a < b, jnp.asarray(-1, a.dtype), 1)
+    return sign * jnp.log1p(sign * (a - b) / jnp.minimum(a, b))

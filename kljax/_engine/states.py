@@ -117,10 +117,7 @@ def _in_two_passes(
     peak = jnp.expand_dims(peak, axis).astype(dtype)
     scores = x.astype(dtype) - peak
     scores = scores if inverse is None else scores * inverse
-    state = RowState(peak, jnp.sum(jnp.exp(scores), axis=axis, keepdims=True))
-    # XLA:CPU would store the scores for those who subtract the same peak again, but where it
-    # takes the peak for another one it would store a wide copy of a narrow x instead.
-    return lax.optimization_barrier(state) if x.dtype == dtype else state
+    return RowState(peak, jnp.sum(jnp.exp(scores), axis=axis, keepdims=True))
 
 
 def _in_one_pass(

@@ -10,14 +10,15 @@ if _typing.TYPE_CHECKING:
     from kljax.compat import optax as optax
     from kljax.compat import torch as torch
     from kljax.compat import torchmetrics as torchmetrics
+else:  # or type checkers would take any name for one that there is
+
+    def __getattr__(name: str) -> _ModuleType:
+        if name in _LAZY:
+            return _import_module(f"kljax.compat.{name}")
+        raise AttributeError(f"module 'kljax.compat' has no attribute {name!r}")
+
 
 _LAZY = ("gluon", "keras", "optax", "torch", "torchmetrics")
-
-
-def __getattr__(name: str) -> _ModuleType:
-    if name in _LAZY:
-        return _import_module(f"kljax.compat.{name}")
-    raise AttributeError(f"module 'kljax.compat' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

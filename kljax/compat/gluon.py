@@ -71,8 +71,11 @@ class KLDivLoss:
         aggregate: Aggregate = "mean",
     ):
         checks.require_choice(_NAME, "aggregate", aggregate, get_args(Aggregate))
-        self.from_logits, self.axis, self.weight = from_logits, axis, weight
-        self.batch_axis, self.aggregate = batch_axis, aggregate
+        self.from_logits: bool = from_logits
+        self.axis: int = axis
+        self.weight: float | None = weight
+        self.batch_axis: int = batch_axis
+        self.aggregate: Aggregate = aggregate
 
     def __call__(
         self, pred: ArrayLike, label: ArrayLike, sample_weight: ArrayLike | None = None

@@ -1,5 +1,8 @@
 """Keras' `keras.losses.kl_divergence`, which is `keras.metrics.kl_divergence` too."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +15,7 @@ from kljax.compat import _elements as elements
 _EPSILON = 1e-7  # keras.config.epsilon()
 
 
-def kl_divergence(y_true: ArrayLike, y_pred: ArrayLike) -> Array:
+def kl_divergence(y_true: ArrayLike | Sequence[Any], y_pred: ArrayLike | Sequence[Any]) -> Array:
     r"""Keras' ``kl_divergence``, D(true‖pred) of probabilities clipped to [1e-7, 1].
 
     .. math:: \sum_i \hat t_i (\log \hat t_i - \log \hat s_i), \qquad

@@ -94,7 +94,8 @@ class _RowMetric:
         self._name = type(self).__name__
         _checks.require_bool(self._name, "log_prob", log_prob)
         _check_reduction(self._name, reduction)
-        self.log_prob, self.reduction = log_prob, reduction
+        self.log_prob: bool = log_prob
+        self.reduction: Reduction = reduction
         self.reset()
 
     def reset(self) -> None:

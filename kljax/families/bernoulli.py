@@ -1,7 +1,7 @@
 """The Bernoulli distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,11 @@ class Bernoulli(Family):
     probs: ArrayLike | None = None
     logits: ArrayLike | None = None
 
-    parameters = {"probs": Parameter("a probability", 0.5), "logits": Parameter("real", 0)}
-    one_of = ("probs", "logits")
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "probs": Parameter("a probability", 0.5),
+        "logits": Parameter("real", 0),
+    }
+    one_of: ClassVar[tuple[str, ...]] = ("probs", "logits")
 
     def kl(self: Any, other: Any) -> Array:
         if self.probs is None and other.probs is None:

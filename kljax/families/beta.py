@@ -1,7 +1,7 @@
 """The beta distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -36,7 +36,7 @@ class Beta(Family):
     concentration1: ArrayLike
     concentration0: ArrayLike
 
-    parameters = {
+    parameters: ClassVar[dict[str, Parameter]] = {
         "concentration1": Parameter("positive", 1),
         "concentration0": Parameter("positive", 1),
     }

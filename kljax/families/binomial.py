@@ -1,7 +1,7 @@
 """The binomial distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,12 @@ class Binomial(Family):
     probs: ArrayLike | None = None
     logits: ArrayLike | None = None
 
-    parameters = {
+    parameters: ClassVar[dict[str, Parameter]] = {
         "total_count": Parameter("not negative", 1),
         "probs": Parameter("a probability", 0.5),
         "logits": Parameter("real", 0),
     }
-    one_of = ("probs", "logits")
+    one_of: ClassVar[tuple[str, ...]] = ("probs", "logits")
 
     def kl(self: Any, other: Any) -> Array:
         n, other_n = jax.lax.stop_gradient((self.total_count, other.total_count))

@@ -1,7 +1,7 @@
 """The categorical distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -39,11 +39,11 @@ class Categorical(Family):
     probs: ArrayLike | None = None
     logits: ArrayLike | None = None
 
-    parameters = {
+    parameters: ClassVar[dict[str, Parameter]] = {
         "probs": Parameter("not negative", 1, event_axes=1),
         "logits": Parameter("real", 0, event_axes=1),
     }
-    one_of = ("probs", "logits")
+    one_of: ClassVar[tuple[str, ...]] = ("probs", "logits")
 
     def kl(self: Any, other: Any) -> Array:
         p, q = jnp.broadcast_arrays(_logits(self), _logits(other))

@@ -1,7 +1,7 @@
 """The Dirichlet distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -37,7 +37,9 @@ class Dirichlet(Family):
 
     concentration: ArrayLike
 
-    parameters = {"concentration": Parameter("positive", 1, event_axes=1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "concentration": Parameter("positive", 1, event_axes=1)
+    }
 
     def kl(self: Any, other: Any) -> Array:
         p, q = jnp.broadcast_arrays(self.concentration, other.concentration)

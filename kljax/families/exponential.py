@@ -1,7 +1,7 @@
 """The exponential distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -35,7 +35,7 @@ class Exponential(Family):
 
     rate: ArrayLike
 
-    parameters = {"rate": Parameter("positive", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {"rate": Parameter("positive", 1)}
 
     def kl(self: Any, other: Any) -> Array:
         return excess(log_ratio(other.rate, self.rate))

@@ -1,7 +1,7 @@
 """The gamma distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -40,7 +40,10 @@ class Gamma(Family):
     concentration: ArrayLike
     rate: ArrayLike
 
-    parameters = {"concentration": Parameter("positive", 1), "rate": Parameter("positive", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "concentration": Parameter("positive", 1),
+        "rate": Parameter("positive", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         a, b = self.concentration, other.concentration

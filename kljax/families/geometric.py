@@ -1,7 +1,7 @@
 """The geometric distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -35,8 +35,11 @@ class Geometric(Family):
     probs: ArrayLike | None = None
     logits: ArrayLike | None = None
 
-    parameters = {"probs": Parameter("a probability", 0.5), "logits": Parameter("real", 0)}
-    one_of = ("probs", "logits")
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "probs": Parameter("a probability", 0.5),
+        "logits": Parameter("real", 0),
+    }
+    one_of: ClassVar[tuple[str, ...]] = ("probs", "logits")
 
     def kl(self: Any, other: Any) -> Array:
         one, other_one = (Bernoulli(each.probs, each.logits) for each in (self, other))

@@ -1,7 +1,7 @@
 """The Gumbel distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -38,7 +38,10 @@ class Gumbel(Family):
     loc: ArrayLike
     scale: ArrayLike
 
-    parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "loc": Parameter("real", 0),
+        "scale": Parameter("positive", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         log_r = log_ratio(self.scale, other.scale)

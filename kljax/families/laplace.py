@@ -1,7 +1,7 @@
 """The Laplace distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,10 @@ class Laplace(Family):
     loc: ArrayLike
     scale: ArrayLike
 
-    parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "loc": Parameter("real", 0),
+        "scale": Parameter("positive", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         distance = _distance_cost((self.loc - other.loc) / self.scale)

@@ -1,7 +1,7 @@
 """The log-normal distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -35,7 +35,10 @@ class LogNormal(Family):
     loc: ArrayLike
     scale: ArrayLike
 
-    parameters = {"loc": Parameter("real", 0), "scale": Parameter("positive", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "loc": Parameter("real", 0),
+        "scale": Parameter("positive", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         return Normal(self.loc, self.scale).kl(Normal(other.loc, other.scale))

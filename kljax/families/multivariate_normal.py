@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -49,13 +49,13 @@ class MultivariateNormal(Family):
     covariance_matrix: ArrayLike | None = None
     precision_matrix: ArrayLike | None = None
 
-    parameters = {
+    parameters: ClassVar[dict[str, Parameter]] = {
         "loc": Parameter("real", 0, event_axes=1),
         "scale_tril": Parameter("real", 1, event_axes=2),
         "covariance_matrix": Parameter("real", 1, event_axes=2),
         "precision_matrix": Parameter("real", 1, event_axes=2),
     }
-    one_of = ("scale_tril", "covariance_matrix", "precision_matrix")
+    one_of: ClassVar[tuple[str, ...]] = ("scale_tril", "covariance_matrix", "precision_matrix")
 
     def kl(self: Any, other: Any) -> Array:
         a, b = _factor(self), _factor(other)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -43,12 +43,12 @@ class Normal(Family):
     scale: ArrayLike | None = None
     log_variance: ArrayLike | None = None
 
-    parameters = {
+    parameters: ClassVar[dict[str, Parameter]] = {
         "loc": Parameter("real", 0),
         "scale": Parameter("positive", 1),
         "log_variance": Parameter("real", 0),
     }
-    one_of = ("scale", "log_variance")
+    one_of: ClassVar[tuple[str, ...]] = ("scale", "log_variance")
 
     def kl(self: Any, other: Any) -> Array:
         step = (self.loc - other.loc) / _scale(other)

@@ -1,7 +1,7 @@
 """The Poisson distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Poisson(Family):
 
     rate: ArrayLike
 
-    parameters = {"rate": Parameter("not negative", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {"rate": Parameter("not negative", 1)}
 
     def kl(self: Any, other: Any) -> Array:
         return _divergence(*jnp.broadcast_arrays(self.rate, other.rate))

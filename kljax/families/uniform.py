@@ -1,7 +1,7 @@
 """The uniform distribution."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -38,7 +38,10 @@ class Uniform(Family):
     low: ArrayLike
     high: ArrayLike
 
-    parameters = {"low": Parameter("real", 0), "high": Parameter("real", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "low": Parameter("real", 0),
+        "high": Parameter("real", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         inside = (other.low <= self.low) & (self.high <= other.high)

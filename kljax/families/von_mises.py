@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -38,7 +38,10 @@ class VonMises(Family):
     loc: ArrayLike
     concentration: ArrayLike
 
-    parameters = {"loc": Parameter("real", 0), "concentration": Parameter("not negative", 1)}
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "loc": Parameter("real", 0),
+        "concentration": Parameter("not negative", 1),
+    }
 
     def kl(self: Any, other: Any) -> Array:
         a, b = jnp.broadcast_arrays(self.concentration, other.concentration)

@@ -1,5 +1,6 @@
 """`kljax.metrics.Divergence` as a metric of Flax NNX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,13 +39,13 @@ class Divergence(nnx.Metric):
         0.1109 0.0
     """
 
-    def __init__(self, divergence: Any = kljax.forward_kl, **options: Any):
+    def __init__(self, divergence: Callable[..., Array] = kljax.forward_kl, **options: Any):
         known = divergence if callable(divergence) else None
         checks.require_divergence("Divergence", "divergence", divergence, known)
-        self.divergence = _Bound(divergence, options)
+        self.divergence: _Bound = _Bound(divergence, options)
         self._names, leaves = _flat(metrics.Divergence.empty())
         held = {n: nnx.metrics.MetricState(x) for n, x in zip(self._names, leaves, strict=True)}
-        self.accumulated = nnx.Dict(held)
+        self.accumulated: nnx.Dict[nnx.metrics.MetricState] = nnx.Dict(held)
 
     @property
     def state(self) -> metrics.Divergence:
@@ -96,8 +97,9 @@ class Divergence(nnx.Metric):
 class _Bound:
     """A divergence and its options: equal to another of the same, so that jit knows it again."""
 
-    def __init__(self, divergence: Any, options: dict[str, Any]):
-        self.divergence, self.options = divergence, options
+    def __init__(self, divergence: Callable[..., Array], options: dict[str, Any]):
+        self.divergence: Callable[..., Array] = divergence
+        self.options: dict[str, Any] = options
 
     def __call__(self, predictions: Any, targets: Any) -> Array:
         return self.divergence(predictions, targets, **self.options)
