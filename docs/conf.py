@@ -1,0 +1,146 @@
+"""Sphinx builds the site from these pages and the docstrings: `sphinx-build -W docs site`."""
+
+import importlib
+import inspect
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+from sphinx.addnodes import pending_xref
+
+import kljax
+from kljax._pipeline import OPTIONS
+
+HERE = Path(__file__).parent
+
+project = "kljax"
+author = "the kljax authors"
+release = version("kljax")
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+]
+html_theme = "furo"
+html_title = "kljax"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_show_sourcelink = False
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+default_role = "py:obj"
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+# --- names of other projects: their addresses, so that a build needs no network ---
+
+
+def _inventory(project: str) -> Path:
+    """Written from a list of `name role address`, as Sphinx reads it."""
+    lines = (HERE / "inventories" / f"{project}.txt").read_text().splitlines()
+    objects = "".join(f"{name} {role} 1 {page} -\n" for name, role, page in map(str.split, lines))
+    head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n"
+    head += "# The remainder of this file is compressed using zlib.\n"
+    out = HERE / "_build" / f"{project}.inv"
+    out.parent.mkdir(exist_ok=True)
+    out.write_bytes(head.encode() + zlib.compress(objects.encode()))
+    return out
+
+
+intersphinx_mapping = {
+    project: (address, str(_inventory(project)))
+    for project, address in {
+        "jax": "https://docs.jax.dev/en/latest/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "flax": "https://flax.readthedocs.io/en/stable/",
+    }.items()
+}
+
+
+# --- mathematics as MathML: no script, nothing from elsewhere ---
+
+
+def _inline(self, node):
+    self.body.append(_mathml(node, ""))
+    raise nodes.SkipNode
+
+
+def _block(self, node):
+    self.body.append(f'<div class="math">{_mathml(node, "block")}</div>')
+    raise nodes.SkipNode
+
+
+def _mathml(node: nodes.Element, display: str) -> str:
+    return "".join(latex2mathml.tex2mathml(node.astext(), as_block=bool(display)))
+
+
+# --- signatures: what a function has of its own, and **options for what all have ---
+
+
+def _short(app, what, name, obj, options, signature, returns):
+    if not callable(obj):
+        return None
+    try:
+        parameters = list(inspect.signature(obj).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    shared = [p for p in parameters if p.name in OPTIONS]
+    if len(shared) > 5:
+        parameters = [p for p in parameters if p not in shared or p.default != OPTIONS[p.name].default]
+        rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
+        parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD] + [rest]
+    plain = [p.replace(annotation=p.empty, default=_by_name(p.default)) for p in parameters]
+    return str(inspect.Signature(plain)), None
+
+
+class _Name(str):
+    __repr__ = str.__str__
+
+
+def _by_name(default):
+    return _Name(default.__name__) if inspect.isfunction(default) else default
+
+
+# --- `kljax.forward_kl` in the text is a link to it ---
+
+_MODULES = ("kljax", "kljax.families", "kljax.metrics", "kljax.training")
+_PUBLIC = {
+    f"{module}.{name}"
+    for module in _MODULES
+    for name in dir(importlib.import_module(module))
+    if not name.startswith("_")
+}
+
+
+def _target(called: str) -> str | None:
+    """In full, of what may be called without its module."""
+    names = (called, f"kljax.{called}", *(f"{module}.{called}" for module in _MODULES))
+    return next((name for name in names if name in _PUBLIC), None)
+
+
+def _link(app, doctree):
+    for literal in list(doctree.findall(nodes.literal)):
+        if isinstance(literal.parent, pending_xref | nodes.reference | nodes.title):
+            continue
+        target = _target(literal.astext().removesuffix("()"))
+        if target:
+            link = pending_xref("", refdomain="py", reftype="obj", reftarget=target)
+            link["refexplicit"], link["refdoc"] = True, app.env.current_document.docname
+            literal.replace_self(link)
+            link += literal
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    app.connect("autodoc-process-signature", _short)
+    app.connect("doctree-read", _link)
