@@ -2,8 +2,8 @@
 
 import importlib
 import inspect
+import re
 import zlib
-from importlib.metadata import version
 from pathlib import Path
 
 from docutils import nodes
@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 
 project = "kljax"
 author = "the kljax authors"
-release = version("kljax")
+copyright = author
+release = kljax.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -103,6 +104,15 @@ def _short(app, what, name, obj, options, signature, returns):
     return str(inspect.Signature(plain)), None
 
 
+def _paragraphs(app, what, name, obj, options, lines):
+    """Shapes, Zeros, Gradients, Source: each a paragraph of its own."""
+    out = []
+    for line in lines:
+        label = re.match(r"(Shapes|Zeros|Gradients|Source)[a-z, ]*: ", line)
+        out += ["", f"**{label[0].strip()}** {line[label.end() :]}"] if label else [line]
+    lines[:] = out
+
+
 class _Name(str):
     __repr__ = str.__str__
 
@@ -124,6 +134,8 @@ _PUBLIC = {
 
 def _target(called: str) -> str | None:
     """In full, of what may be called without its module."""
+    if called.startswith(("jax.", "optax.", "nnx.", "flax.")):
+        return f"flax.{called}" if called.startswith("nnx.") else called
     names = (called, f"kljax.{called}", *(f"{module}.{called}" for module in _MODULES))
     return next((name for name in names if name in _PUBLIC), None)
 
@@ -143,4 +155,5 @@ def _link(app, doctree):
 def setup(app):
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("autodoc-process-signature", _short)
+    app.connect("autodoc-process-docstring", _paragraphs)
     app.connect("doctree-read", _link)

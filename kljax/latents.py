@@ -36,7 +36,7 @@ def elbo_kl(
 ) -> Array:
     r"""The KL term of an evidence lower bound: summed over latents, averaged over examples.
 
-    .. math:: \beta \, \frac{1}{N} \sum_n \max\Big(\lambda, \sum_j D(q_{nj} \| p_{nj})\Big)
+    .. math:: \beta \, \frac{1}{N} \sum_n \max\Bigl(\lambda, \sum_j D(q_{nj} \| p_{nj})\Bigr)
 
     Shapes: with families, the posterior's batch shape is examples and latents, and ``axis`` names
     the latents; the axes of an event, as of `families.MultivariateNormal`, are no part of it. A

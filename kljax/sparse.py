@@ -33,7 +33,7 @@ def top_k(
     r"""Take the k best classes of each distribution, and the mass of the rest.
 
     .. math:: \log p_i = z_i / T - \log \sum_j \exp(z_j / T), \quad i \in K; \qquad
-              \log \Big(1 - \sum_{i \in K} p_i\Big) = \log \sum_{j \notin K} p_j
+              \log \Bigl(1 - \sum_{i \in K} p_i\Bigr) = \log \sum_{j \notin K} p_j
 
     The rest is summed over the classes outside K, for 1 minus the sum over K would be rounding
     noise where the teacher is confident.
@@ -87,7 +87,7 @@ def sample_targets(
 ) -> TopK:
     r"""Sample sparse targets whose expected gradient is that of the whole teacher.
 
-    .. math:: i_1, \dots, i_n \sim q \propto p^\tau, \qquad
+    .. math:: i_1, \ldots, i_n \sim q \propto p^\tau, \qquad
               \hat t_i = \frac{1}{n} \sum_{m : i_m = i} \frac{p_i}{q_i}, \qquad
               \mathrm{E}[\hat t] = p
 

@@ -417,7 +417,7 @@ def fisher_vector_product(
 
     .. math:: v \mapsto (F + \text{damping} \cdot I) v, \qquad
               F = \nabla^2_{\theta'} \, \overline{D(\text{old}\|\text{new}(\theta'))}
-              \big|_{\theta' = \theta} = \overline{J^\top F_\text{out} J}
+              = \overline{J^\top F_\text{out} J} \quad \text{at } \theta' = \theta
 
     Exact: one forward pass of tangents and one backward pass each, through a model that is
     linearised once.
