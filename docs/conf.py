@@ -97,7 +97,9 @@ def _short(app, what, name, obj, options, signature, returns):
         return None
     shared = [p for p in parameters if p.name in OPTIONS]
     if len(shared) > 5:
-        parameters = [p for p in parameters if p not in shared or p.default != OPTIONS[p.name].default]
+        parameters = [
+            p for p in parameters if p not in shared or p.default != OPTIONS[p.name].default
+        ]
         rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
         parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD] + [rest]
     plain = [p.replace(annotation=p.empty, default=_by_name(p.default)) for p in parameters]

@@ -204,6 +204,7 @@ class Check(NamedTuple):
 # All is computed in float32: 256 roundings of it, for sums of thousands of classes and exponentials
 # that accelerators give to a few units of the last place.
 BOUND = 2.0**-15
+CLOSE_GRADIENT = 1e-2
 ROUNDED = {"float32": BOUND, "bfloat16": 2.0**-7}  # a gradient has the dtype of its logits
 
 
@@ -218,16 +219,159 @@ def error(got: Any, want: np.ndarray, least: Any = 1e-2) -> float:
 def special_rows(name: str, dtype: str) -> Iterator[Check]:
     """Where formulas break, a row each."""
     s, t = 3 * np.random.default_rng(0).normal(size=(2, 12, 1000))
-    where, weights, labels = np.full(s.shape, True), np.ones((12, 1)), np.arange(1, 13)
+    where, live, labels = np.full(s.shape, True), np.full((12, 1), True), np.arange(1, 13)
     t[0] = s[0]
     t[1, 500:] = -np.inf
     s[2, 500:] = t[2, 500:] = -np.inf
     s[3, 4] = -np.inf  # D is infinite
     t[4] = np.where(np.arange(1000) == 5, 0, -np.inf)  # one-hot
     s[5], t[5] = 1e12 * s[5], 1e12 * t[5]
-    s[6], weights[6] = np.nan, 0
+    s[6], live[6] = np.nan, False
     t[7, ::5], where[7, ::5] = np.nan, False
     s, t = (x.astype(jnp.dtype(dtype)) for x in (s, t))
-    # What is masked must have no effect, so the reference never sees it.
-    log_s, log_t = (log_softmax(np.where(where, weights * 0 + x, -np.inf)) for x in (s, t))
-    raise
+    masked = (np.where(live, np.where(where, x, -np.inf), 0) for x in (s, t))
+    log_s, log_t = map(log_softmax, masked)
+    if name == "cross_entropy":
+        t, log_t = labels, np.where(np.arange(1000) == labels[:, None], 0, -np.inf)
+    want = reference(name, log_s, log_t)
+    smooth = live & np.isfinite(want.gradient).all(-1, keepdims=True)
+
+    @jax.jit
+    def run(s: Array, t: Array, live: Array, smooth: Array) -> tuple[Array, Array]:
+        loss = lambda s, **options: getattr(kljax, name)(s, t, where=where, **options)  # noqa: E731
+        total = lambda s: loss(s, weights=smooth, reduction="sum")  # noqa: E731
+        return loss(s, weights=live), jax.grad(total)(s)
+
+    values, gradient = run(s, t, live[:, 0], smooth[:, 0])
+    yield Check(f"{name} {dtype}", error(values, np.where(live[:, 0], want.values, 0)), BOUND)
+    exact, least = np.where(smooth, want.gradient, 0), np.where(smooth, want.slopes, 0)
+    off = error(gradient, exact, np.maximum(least, 1e-2))
+    yield Check(f"{name} {dtype}, gradient", off, ROUNDED[dtype])
+
+
+def close_rows() -> Iterator[Check]:
+    """Relative to D itself, of which the plain formula in float32 has no digit right."""
+    rng = np.random.default_rng(1)
+    t = rng.normal(size=(8, 4096)).astype(np.float32)
+    s = t + (1e-4 * rng.normal(size=t.shape)).astype(np.float32)
+    want = reference("forward_kl", log_softmax(s), log_softmax(t))
+    mean = want.values.mean(keepdims=True)
+    value, gradient = jax.jit(jax.value_and_grad(mean_forward_kl))(s, t)
+    of, off = f"forward_kl of {mean[0]:.0e}", error(jax.jit(plain)(s, t), mean, 0)
+    yield Check(f"{of} (plain formula: {off:.1e})", error(value, mean, 0), 1e-3)
+    yield Check(f"{of}, gradient", error(gradient, want.gradient / len(s), 0), CLOSE_GRADIENT)
+
+
+def heads(dtype: str) -> Iterator[Check]:
+    """Products in full float32, which accelerators would round by default."""
+    rng = np.random.default_rng(2)
+    shapes = (1024, 32), (32, 2048), (1024, 64), (64, 2048)
+    given = [(0.5 * rng.normal(size=n)).astype(jnp.dtype(dtype)) for n in shapes]
+
+    def loss(*given: Array) -> Array:
+        return mean_forward_kl(kljax.Head(*given[:2]), kljax.Head(*given[2:]))
+
+    with jax.default_matmul_precision("highest"):
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*given)
+    h, w, *teacher = (x.astype(np.float64) for x in given)
+    want = reference("forward_kl", log_softmax(h @ w), log_softmax(np.matmul(*teacher)))
+    to_logits, of = want.gradient / len(h), f"forward_kl of Heads {dtype}, highest precision"
+    yield Check(of, error(value, want.values.mean(keepdims=True)), BOUND)
+    exact = {"hidden": to_logits @ w.T, "kernel": h.T @ to_logits}
+    for got, (part, by) in zip(gradients, exact.items(), strict=True):
+        yield Check(f"the same, gradient to {part}", error(got, by, 0), ROUNDED[dtype])
+
+
+def top_k() -> Iterator[Check]:
+    """All classes but k are one more, on both sides."""
+    s, t = (3 * np.random.default_rng(3).normal(size=(2, 32, 1000))).astype(np.float32)
+    best, rest = np.split(np.argsort(-t), [16], axis=-1)
+    rests = [np.take_along_axis(log_softmax(x), rest, -1) for x in (s, t)]
+    tails = [np.log(np.exp(x).sum(-1, keepdims=True)) for x in rests]
+    few = [np.take_along_axis(log_softmax(x), best, -1) for x in (s, t)]
+    want = reference("forward_kl", *(np.hstack(both) for both in zip(few, tails, strict=True)))
+    exact = np.empty(s.shape)
+    np.put_along_axis(exact, best, want.gradient[:, :16], -1)
+    np.put_along_axis(exact, rest, want.gradient[:, 16:] * np.exp(rests[0] - tails[0]), -1)
+
+    @jax.jit
+    def run(s: Array, t: Array) -> tuple[Array, Array]:
+        loss = lambda s: kljax.forward_kl(s, kljax.top_k(t, 16))  # noqa: E731
+        return loss(s), jax.grad(lambda s: loss(s).sum())(s)
+
+    values, gradient = run(s, t)
+    yield Check("forward_kl, top-16 teacher", error(values, want.values), BOUND)
+    yield Check("forward_kl, top-16 teacher, gradient", error(gradient, exact), BOUND)
+
+
+def mean_forward_kl(student: Any, teacher: Any) -> Array:
+    return kljax.forward_kl(student, teacher, reduction="mean")
+
+
+def plain(student: Array, teacher: Array) -> Array:
+    """The formula as a user writes it."""
+    log_s, log_t = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    return jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1))
+
+
+def against_plain_formula() -> Iterator[Check]:
+    """Time and memory of value and gradient, and whether what was timed is right."""
+    s, t = map(jnp.asarray, np.random.default_rng(4).normal(size=(2, 512, 8192)).astype("float32"))
+    losses = {"kljax": mean_forward_kl, "plain formula": plain}
+    programs = {
+        name: jax.jit(jax.value_and_grad(loss)).lower(s, t).compile()
+        for name, loss in losses.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(12):  # in turn, so that noise hits both alike
+        for name, program in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program(s, t))
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(samples[1:]) for name, samples in seconds.items()}
+    _print("\nforward_kl 512 x 8192 float32, value and gradient, called in turn (no bound)")
+    for name, program in programs.items():
+        stats = program.memory_analysis()
+        memory = _size(stats.temp_size_in_bytes) if stats else "not told"
+        _print(f"{name:<30} {1e3 * medians[name]:8.2f} ms, temporary memory {memory}")
+    ratio = medians["plain formula"] / medians["kljax"]
+    _print(f"{'speed over the plain formula':<30} {ratio:8.2f}\n")
+    value, gradient = programs["kljax"](s, t)
+    want = reference("forward_kl", *(log_softmax(np.asarray(x)) for x in (s, t)))
+    yield Check("what was timed", error(value, want.values.mean(keepdims=True)), BOUND)
+    yield Check("what was timed, gradient", error(gradient, want.gradient / len(s), 0), BOUND)
+
+
+CHECKS: list[Callable[[], Iterator[Check]]] = [
+    *(partial(special_rows, name, dtype) for name in FORMULAS for dtype in ROUNDED),
+    close_rows,
+    partial(heads, "float32"),
+    partial(heads, "bfloat16"),
+    top_k,
+    against_plain_formula,
+]
+
+
+def self_check() -> int:
+    """Each check on a line of its own; 1 if one failed."""
+    began, verdicts = time.perf_counter(), []
+    _print(f"\n{'Self-check, against NumPy in float64':<52} {'error':>8} {'bound':>8}")
+    for check in CHECKS:
+        try:
+            with np.errstate(all="ignore"):  # infinities are meant
+                for name, off, bound in check():
+                    verdicts.append(off <= bound)
+                    _print(
+                        f"{name:<52} {off:8.1e} {bound:8.1e} {'ok' if verdicts[-1] else 'FAILED'}"
+                    )
+        except Exception:  # the other checks may tell more
+            verdicts.append(False)
+            _print(f"{traceback.format_exc()}FAILED")
+    failed, took = verdicts.count(False), time.perf_counter() - began
+    verdict = f"{failed} of {len(verdicts)} checks FAILED" if failed else "all checks passed"
+    _print(f"\n{verdict}, in {took:.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
