@@ -95,6 +95,7 @@ def _short(app, what, name, obj, options, signature, returns):
         parameters = list(inspect.signature(obj).parameters.values())
     except (TypeError, ValueError):
         return None
+    parameters = [p for p in parameters if p.name != "self"]
     shared = [p for p in parameters if p.name in OPTIONS]
     if len(shared) > 5:
         parameters = [
@@ -129,8 +130,8 @@ _MODULES = ("kljax", "kljax.families", "kljax.metrics", "kljax.training")
 _PUBLIC = {
     f"{module}.{name}"
     for module in _MODULES
-    for name in dir(importlib.import_module(module))
-    if not name.startswith("_")
+    for name, it in vars(importlib.import_module(module)).items()
+    if not name.startswith("_") and not inspect.ismodule(it)
 }
 
 
@@ -143,11 +144,13 @@ def _target(called: str) -> str | None:
 
 
 def _link(app, doctree):
+    for link in doctree.findall(pending_xref):
+        if link["refdomain"] == "py":
+            link["reftarget"] = _target(link["reftarget"]) or link["reftarget"]
     for literal in list(doctree.findall(nodes.literal)):
         if isinstance(literal.parent, pending_xref | nodes.reference | nodes.title):
             continue
-        target = _target(literal.astext().removesuffix("()"))
-        if target:
+        if target := _target(literal.astext().removesuffix("()")):
             link = pending_xref("", refdomain="py", reftype="obj", reftarget=target)
             link["refexplicit"], link["refdoc"] = True, app.env.current_document.docname
             literal.replace_self(link)
