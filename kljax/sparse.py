@@ -84,6 +84,7 @@ def sample_targets(
     proposal_power: float = 1.0,
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
+    class_axis_name: ClassAxisName | None = None,
 ) -> TopK:
     r"""Sample sparse targets whose expected gradient is that of the whole teacher.
 
@@ -108,6 +109,8 @@ def sample_targets(
         proposal_power: τ; below 1 the rarer classes are drawn more often.
         where: bool, which classes exist, as in `top_k`.
         temperature: T of p; the loss must be given the same.
+        class_axis_name: As in `top_k`; each shard draws with noise of its own, so that the draws are
+            others than on one device.
 
     Returns:
         A `TopK` with ``tail="truncate"``, whose probabilities need not sum to 1.
@@ -126,7 +129,7 @@ def sample_targets(
     Source: Anshumann et al., Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs
     (2025), section 3.
     """
-    teacher = _read("sample_targets", logits, where, temperature)
+    teacher = _read("sample_targets", logits, where, temperature, class_axis_name)
     n = checks.require_count("sample_targets", "n", n)
     power = checks.require_number("sample_targets", "proposal_power", proposal_power)
     keys = jax.random.split(key, teacher.layout.batch)
@@ -139,7 +142,7 @@ def _read(
     logits: ArrayLike | Logits | Head,
     where: ArrayLike | None,
     temperature: ArrayLike | None,
-    class_axis_name: ClassAxisName | None = None,
+    class_axis_name: ClassAxisName | None,
 ) -> Inputs:
     fits = isinstance(logits, Logits | Head) or not isinstance(logits, Distribution)
     checks.require_logits(caller, "logits", logits, fits=fits)
@@ -246,18 +249,24 @@ def _drawn(count: int, teacher: _Teacher, keys: Array, power: Array) -> tuple[Ar
     if sharding is not None:  # what is mapped must be spread alike
         keys = meshes.spread(keys, meshes.dropping(sharding, [tilted.ndim - 1]))
 
-    def draw(key: Array, scores: Array, m: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(key, m), scores)
+    classes, held_here = teacher.classes, tilted.shape[-1]
+    shard = lax.axis_index(classes.names) if classes.names else 0
+
+    def draw(key: Array, scores: Array, m: Array) -> tuple[Array, Array]:
+        noise = jax.random.gumbel(jax.random.fold_in(key, m), scores.shape, scores.dtype)
+        best = jnp.argmax(scores + noise)
+        return (scores + noise)[best], best
 
     for _axis in range(log_probs.ndim - 1):
         draw = jax.vmap(draw, (0, 0, None))
     # One after another: a draw takes noise of the size of the logits.
-    draws = lax.map(lambda m: draw(keys, tilted, m), jnp.arange(count))
+    scores, draws = lax.map(lambda m: draw(keys, tilted, m), jnp.arange(count) + shard * count)
+    draws = classes.best_of_all(scores, draws.astype(jnp.int32) + shard * held_here)
     indices = jnp.sort(jnp.moveaxis(draws, 0, -1), axis=-1)
     same = indices[..., :, None] == indices[..., None, :]
     repeated = jnp.any(jnp.tril(same, -1), axis=-1)
-    at = lambda z: jnp.take_along_axis(z, indices, axis=-1)  # noqa: E731
-    log_p, log_q = at(log_probs), at(tilted) - log_sum_exp(tilted)[..., None]
+    log_p, log_q = classes.at(log_probs, indices), classes.at(tilted, indices)
+    log_q -= log_sum_exp(tilted, classes.names)[..., None]
     share = jnp.sum(same, axis=-1).astype(log_q.dtype) / count
     padding = repeated | jnp.isneginf(log_p)  # the latter where no class is left to draw
     return indices, jnp.where(padding, -jnp.inf, log_p - log_q + jnp.log(share))

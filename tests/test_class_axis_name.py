@@ -337,3 +337,67 @@ def test_what_is_not_served_says_so():
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+@pytest.mark.parametrize("kind", ["logits", "head"])
+def test_samples_of_the_whole_vocabulary(rng, kind):
+    """All shards draw the same classes, as often as they should, with the weights of one device."""
+    power, temperature, n, draws = 0.5, 2.0, 3, 2000
+    hidden, kernel = rng.normal(size=(1, V)), np.diag(rng.normal(size=V))
+    p = np.exp((hidden @ kernel)[0] / temperature) * WHERE
+    p /= p.sum()
+    q = p**power / np.sum(p**power)
+    hidden, kernel = jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32)
+
+    def drawn(kernel, where, hidden, class_axis_name):
+        hidden = jnp.tile(hidden, (draws, 1))
+        given = kljax.Head(hidden, kernel) if kind == "head" else hidden @ kernel
+        targets = kljax.sample_targets(
+            jax.random.key(0),
+            given,
+            n,
+            proposal_power=power,
+            where=where,
+            temperature=temperature,
+            class_axis_name=class_axis_name,
+        )
+        return targets.indices, targets.log_probs
+
+    mesh = meshes(two=True)
+    sharded = jax.shard_map(
+        partial(drawn, class_axis_name=mesh.axis_names),
+        mesh=mesh,
+        in_specs=(P(None, mesh.axis_names), P(mesh.axis_names), P()),
+        out_specs=(P(), P()),
+    )
+    indices, log_weights = jax.jit(sharded)(kernel, jnp.asarray(WHERE), hidden)
+    counts = n * np.exp(log_weights) * q[indices] / p[indices]
+    np.testing.assert_allclose(counts, np.rint(counts), atol=1e-4)
+    np.testing.assert_array_equal(np.rint(counts).sum(-1), n)
+
+    share = np.bincount(indices.ravel(), counts.ravel(), V) / (n * draws)
+    assert (abs(share - q) <= 5 * np.sqrt(q * (1 - q) / (n * draws))).all()
+    assert (share[~WHERE] == 0).all()
+
+
+def test_the_gradient_of_samples(rng):
+    """To the teacher's logits, through p alone: that of log-probabilities at the same classes."""
+    y = jnp.asarray(rng.normal(size=(N, V)), jnp.float32)
+
+    def total(y, class_axis_name):
+        drawn = kljax.sample_targets(jax.random.key(1), y, 4, class_axis_name=class_axis_name)
+        there = ~jnp.isneginf(drawn.log_probs)
+        return jnp.sum(jnp.where(there, drawn.log_probs, 0)), (drawn.indices, there)
+
+    mesh = meshes(two=False)
+    by_class, whole = P(None, "model"), (P(), (P(), P()))
+    sharded = jax.shard_map(
+        partial(total, class_axis_name="model"), mesh=mesh, in_specs=by_class, out_specs=whole
+    )
+    gradient, (indices, there) = jax.jit(jax.grad(sharded, has_aux=True))(y)
+
+    def expected(y):
+        at = jnp.take_along_axis(jax.nn.log_softmax(y), indices, axis=-1)
+        return jnp.sum(jnp.where(there, at, 0))
+
+    alike(gradient, jax.grad(expected)(y))

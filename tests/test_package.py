@@ -32,6 +32,7 @@ FAMILIES += ["poisson", "uniform", "von_mises", "_math"]
 
 # From the top to the bottom: a module imports only those below it.
 ORDER = [
+    "kljax.__main__",
     *LEAVES,
     "kljax.compat._elements",
     "kljax.compat._checks",

@@ -112,6 +112,15 @@ class Classes:
             numbers += lax.axis_index(self.names).astype(dtype) * count
         return numbers
 
+    def at(self, x: Array, numbers: Array) -> Array:
+        """x at classes of the whole, by their numbers; classes lie on the last axis."""
+        if not self.names:
+            return jnp.take_along_axis(x, numbers, axis=-1)
+        own = numbers - lax.axis_index(self.names) * x.shape[-1]
+        is_here = (own >= 0) & (own < x.shape[-1])
+        found = jnp.take_along_axis(x, jnp.where(is_here, own, 0), axis=-1)
+        return lax.psum(jnp.where(is_here, found, 0), self.names)
+
     def states_and_best(
         self, x: Array, inverse_temperatures: Sequence[Array | None], dtype: jnp.dtype
     ) -> tuple[tuple[RowState, ...], Array]:
@@ -129,7 +138,7 @@ class Classes:
             numbers = self.numbers(like, jnp.dtype("int32"))
             found, best = states.in_one_pass(x.astype(dtype), inverses, self.axis, numbers)
             assert best is not None
-            return tuple(found), self._best_of_all(jnp.squeeze(found[0].peak, self.axis), best)
+            return tuple(found), self.best_of_all(jnp.squeeze(found[0].peak, self.axis), best)
 
         found, best = lax.platform_dependent(
             x, *inverse_temperatures, cpu=one_by_one, default=together
@@ -153,9 +162,9 @@ class Classes:
         if not self.names:
             return number
         number += lax.axis_index(self.names).astype(jnp.int32) * flat.shape[-1]
-        return self._best_of_all(jnp.max(flat, axis=-1), number)
+        return self.best_of_all(jnp.max(flat, axis=-1), number)
 
-    def _best_of_all(self, score: Array, number: Array) -> Array:
+    def best_of_all(self, score: Array, number: Array) -> Array:
         """Of the best class of each shard; the first of several."""
         if not self.names:
             return number
