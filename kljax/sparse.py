@@ -109,7 +109,7 @@ def sample_targets(
         proposal_power: τ; below 1 the rarer classes are drawn more often.
         where: bool, which classes exist, as in `top_k`.
         temperature: T of p; the loss must be given the same.
-        class_axis_name: As in `top_k`; each shard draws with noise of its own, so that the draws are
+        class_axis_name: As in `top_k`; each shard draws with noise of its own, so the draws are
             others than on one device.
 
     Returns:

@@ -13,8 +13,8 @@ from kljax import __main__ as report
 from kljax._engine import lowering
 
 NAMES = ["-".join(["", *c.args]) if isinstance(c, partial) else c.__name__ for c in report.CHECKS]
-FAST = ["-forward_kl-float32", "-jensen_shannon-bfloat16", "-cross_entropy-float32", "-bfloat16"]
-FAST += ["close_rows", "top_k", "against_plain_formula"]
+FAST = ["-forward_kl-float32", "-jensen_shannon-bfloat16", "-bfloat16", "close_rows", "top_k"]
+FAST += ["against_plain_formula"]
 
 
 def test_the_facts_alone():
@@ -73,9 +73,12 @@ def wrong_value(value):
     return 1.001 * value
 
 
+@jax.custom_vjp
 def wrong_gradient(value):
-    finite = jnp.where(jnp.isfinite(value), value, 0)
-    return value + 0.001 * (finite - jax.lax.stop_gradient(finite))
+    return value
+
+
+wrong_gradient.defvjp(lambda value: (value, None), lambda _, ct: (1.001 * ct,))
 
 
 def an_error(value):
@@ -84,7 +87,7 @@ def an_error(value):
 
 @pytest.mark.parametrize(
     ("broken", "verdict"),
-    [(wrong_value, "4 of 4"), (wrong_gradient, "2 of 4"), (an_error, "2 of 2")],
+    [(wrong_value, "2 of 2"), (wrong_gradient, "1 of 2"), (an_error, "1 of 1")],
 )
 def test_checks_can_fail(broken, verdict, monkeypatch, capsys):
     @wraps(kljax.forward_kl)
@@ -94,8 +97,7 @@ def test_checks_can_fail(broken, verdict, monkeypatch, capsys):
     original = kljax.forward_kl
     monkeypatch.setattr(kljax, "forward_kl", forward_kl)
     monkeypatch.setattr(report, "ways", lambda: ())
-    checks = [partial(report.special_rows, "forward_kl", "float32"), report.top_k]
-    monkeypatch.setattr(report, "CHECKS", checks)
+    monkeypatch.setattr(report, "CHECKS", [partial(report.special_rows, "forward_kl", "float32")])
     assert report.main([]) == 1
     printed = capsys.readouterr().out
     assert f"{verdict} checks FAILED" in printed
