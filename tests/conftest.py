@@ -2,7 +2,8 @@
 
 `pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow;
 `pytest --aot v5e` what the TPU's compiler makes of it, `--aot H200` what NVIDIA's does.
-`--as-on tpu` takes the choices that are made on that platform, and runs them here.
+`--as-on tpu` takes the choices that are made on that platform, and runs them here. `--every 2` runs
+every second one of what is asked for.
 """
 
 from functools import partial
@@ -23,6 +24,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--aot", help="run the tests that compile for this accelerator, and only those"
     )
+    parser.addoption("--every", type=int, default=1, help="run only every n-th of these tests")
     parser.addoption(
         "--as-on", choices=["tpu", "cuda"], help="take each platform's choice as there, and run it"
     )
@@ -47,6 +49,9 @@ def pytest_collection_modifyitems(config, items):
         asked = config.getoption("--aot") is not None, config.getoption("rest")
         is_aot = item.get_closest_marker("aot") is not None
         (kept if (is_aot, is_slow(item)) == asked else others).append(item)
+    every = config.getoption("every")
+    others += [item for i, item in enumerate(kept) if i % every]
+    kept = kept[::every]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = kept

@@ -14,6 +14,7 @@ PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.gl
 WITH_CODE = [path.name for path, text in PAGES.items() if BLOCKS.search(text)]
 
 
+@pytest.mark.slow(but=["README.md"])
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_the_code_runs(name, capsys):
     """As a newcomer pastes them, one after another."""
