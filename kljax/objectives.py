@@ -88,7 +88,7 @@ def distillation_loss(
         predictions: The student: `Logits` or a bare array, `LogProbs`, `Probs`, or `Head`.
         targets: The teacher, likewise, or `TopK`; its gradient is stopped.
         labels: For the hard term: integers of the batch shape, or `Probs` or `LogProbs` of the
-            whole shape (mixup), which get a gradient.
+            whole shape (mixup), which get a gradient. Without ``hard_weight`` for metrics alone.
         divergence: One of this library, made by `divergence`, or a partial of one that binds its
             own parameters.
         temperature: T of the soft term, a scalar or one per example, each with its own T²; None is

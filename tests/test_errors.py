@@ -313,6 +313,9 @@ def test_options_are_keywords():
         message = f"{name}() has no option 'temprature'; did you mean 'temperature'?"
         with pytest.raises(TypeError, match=re.escape(message)):
             getattr(kljax, name)(*(X, X)[: 1 if name == "entropy" else 2], temprature=2.0)
+    for theirs, ours in {"mask": "weights", "T": "temperature", "dim": "axis"}.items():
+        with pytest.raises(TypeError, match=f"no option '{theirs}'; did you mean '{ours}'?"):
+            kljax.forward_kl(X, X, **{theirs: 1})
     mine = kljax.divergence(mine_term)
     with pytest.raises(
         TypeError, match=re.escape("mine_term() has no option 'gama'; did you mean 'gamma'?")
@@ -329,3 +332,12 @@ def mine_term(log_s, log_t, *, gamma):
 def test_numpy_integers_are_axes():
     """np.int64 counts axes as well as int."""
     np.testing.assert_array_equal(kljax.entropy(X, axis=np.int64(1)), kljax.entropy(X))
+
+
+def test_a_cache_of_bfloat16_read_by_numpy():
+    """NumPy's files keep its bytes, and forget what they are."""
+    log_probs = np.asarray(jnp.zeros(1, jnp.bfloat16)).view("V2")
+    message = r"forward_kl: targets.log_probs must be an array; got one of dtype \|V2. Give it"
+    with pytest.raises(TypeError, match=message):
+        kljax.forward_kl(X, kljax.TopK(np.array([0]), log_probs))
+    assert kljax.TopK(np.array([0]), log_probs.view(jnp.bfloat16)).log_probs.dtype == jnp.bfloat16

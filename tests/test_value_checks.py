@@ -25,7 +25,7 @@ REPORTED = {
     "bare probabilities": (
         lambda: kljax.forward_kl(PROBS, LOGITS),
         "forward_kl: predictions look like probabilities (all in [0, 1], rows sum to 1); "
-        "wrap them in Probs",
+        "wrap them in Probs, or pass their log",
     ),
     "bare target probabilities": (
         lambda: kljax.forward_kl(LOGITS, PROBS),
@@ -54,6 +54,19 @@ REPORTED = {
     "logits as log-probabilities": (
         lambda: kljax.entropy(kljax.LogProbs(LOGITS - 5)),
         "entropy: p hold log-probabilities that do not sum to 1",
+    ),
+    "NaN in hidden states": (
+        lambda: kljax.entropy(kljax.Head(LOGITS.at[0, 0].set(jnp.nan), jnp.ones((3, 5)))),
+        "entropy: p.hidden hold NaN",
+    ),
+    "NaN in a kernel": (
+        lambda: kljax.kl(kljax.Head(LOGITS, jnp.full((3, 3), jnp.nan)), LOGITS),
+        "kl: p.kernel hold NaN",
+    ),
+    "probabilities to take the best of": (
+        lambda: kljax.top_k(PROBS, 2),
+        "top_k: logits look like probabilities (all in [0, 1], rows sum to 1); "
+        "wrap them in Probs, or pass their log",
     ),
     "NaN": (lambda: kljax.entropy(LOGITS.at[0, 0].set(jnp.nan)), "entropy: p hold NaN"),
     "negative weights": (
@@ -106,6 +119,11 @@ ACCEPTED = {
     ),
     "NaN in an example of weight 0": lambda: kljax.forward_kl(
         LOGITS.at[0].set(jnp.nan), LOGITS, weights=jnp.array([0.0, 1.0])
+    ),
+    "NaN of a head where nothing counts": lambda: kljax.entropy(
+        kljax.Head(LOGITS.at[0].set(jnp.nan), jnp.ones((3, 4)).at[:, 1].set(jnp.nan)),
+        weights=jnp.array([0.0, 1.0]),
+        where=jnp.arange(4) != 1,
     ),
     "masked classes": lambda: kljax.entropy(
         kljax.Probs(jnp.array([0.5, 0.5, jnp.nan])), where=jnp.array([True, True, False])

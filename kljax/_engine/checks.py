@@ -44,10 +44,12 @@ def to_array(caller: str, argument: str, value: Any) -> Array:
         expected, remedy = "within the default integers", "Enable jax_enable_x64 if they are meant."
         fail(caller, argument, expected, "larger ones", remedy)
     except (TypeError, ValueError) as error:
-        message = message_of(
-            caller, argument, "an array", type(value).__name__, "Pass a JAX or NumPy array."
-        )
-        raise TypeError(message) from error
+        got, remedy = type(value).__name__, "Pass a JAX or NumPy array."
+        if isinstance(value, np.ndarray):
+            got = f"one of dtype {value.dtype}"
+            if value.dtype.kind == "V":  # what NumPy's files make of bfloat16
+                remedy = "Give it its dtype again, as by x.view(jnp.bfloat16)."
+        raise TypeError(message_of(caller, argument, "an array", got, remedy)) from error
 
 
 # ---- shapes, dtypes, options: at trace time ----
@@ -377,12 +379,25 @@ def require_same_temperature(caller: str, taken_at: Any, temperature: Any) -> No
         fail(caller, "temperature", expected, f"{temperature}", remedy)
 
 
+_ELSEWHERE = {
+    "T": "temperature",
+    "tau": "temperature",
+    "mask": "weights",
+    "sample_weight": "weights",
+    "weight": "weights",
+    "dim": "axis",
+    "num_items_in_batch": "normalizer",
+}
+
+
 def require_options(caller: str, given: Iterable[str], known: Collection[str]) -> None:
-    """A misspelt option is told the nearest one."""
+    """A misspelt option is told the nearest one, and other libraries' names their own."""
     for name in given:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            message = f"{caller}() has no option {name!r}; did you mean {nearest[0]!r}? "
+            (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            meant = _ELSEWHERE.get(name, nearest)
+            meant = meant if meant in known else nearest
+            message = f"{caller}() has no option {name!r}; did you mean {meant!r}? "
             raise TypeError(message + "It has " + ", ".join(known) + ".")
 
 
@@ -580,7 +595,8 @@ def require_same_family(caller: str, sides: dict[str, Any], family: type) -> Non
     kind = type(first[1])
     for argument, side in others:
         if type(side) is not kind:
-            expected, got = f"{kind.__name__}, like {first[0]}", type(side).__name__
+            got = "Array" if isinstance(side, Array) else type(side).__name__
+            expected = f"{kind.__name__}, like {first[0]}"
             remedy = "Closed forms are of two of the same family."
             raise TypeError(message_of(caller, argument, expected, got, remedy))
 

@@ -120,7 +120,17 @@ def check_logits(which: str, logits: Array, classes: Classes, *, bare: bool = Fa
         several = jnp.any(classes.sum(_exist(classes, logits)) > 1)  # a single one may well be 1
         close = _off_from_one(logits, classes) < 1e-3
         message = f"{which} look like probabilities (all in [0, 1], rows sum to 1); "
-        checkify.check(~(inside & close & several), message + "wrap them in Probs")
+        checkify.check(
+            ~(inside & close & several), message + "wrap them in Probs, or pass their log"
+        )
+
+
+@_on_demand
+def check_head(which: str, parts: dict[str, Array | None]) -> None:
+    """Report NaN in what logits are made of."""
+    for part, x in parts.items():
+        if x is not None:
+            checkify.check(~jnp.any(jnp.isnan(x)), f"{which}.{part} hold NaN")
 
 
 @_on_demand
@@ -152,7 +162,9 @@ def _checked_for_nan(which: str, x: Array, classes: Classes) -> Array:
 
 def _check_sum(which: str, held: str, probs: Array, classes: Classes) -> None:
     off = _off_from_one(probs, classes)
-    message = f"{which} hold {held} that do not sum to 1, but are {{off}} off; {_NOT_NORMALISED}"
+    message = (
+        f"{which} hold {held} that do not sum to 1, but are {{off:.3g}} off; {_NOT_NORMALISED}"
+    )
     checkify.check(off <= _SLACK, message, off=off)
 
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from kljax._engine import checks
+from kljax._engine import checks, value_checks
 from kljax._engine.blocks import aligned
 from kljax._engine.classes import Axes, Classes, Layout, Shape
 from kljax._engine.side import Classed, Pullback, Side, compute_dtype, held
@@ -101,6 +101,17 @@ class Head(Classed):
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
         return (layout.per_example, *(None for _ in jax.tree.leaves(self)[1:]))
+
+    def report(
+        self,
+        which: str,
+        layout: Layout,
+        classes: Classes,
+        live: Array | None,
+        temperature: Array | None,
+    ) -> None:
+        parts = {part: getattr(self, part) for part in ("hidden", "kernel", "bias", "scale")}
+        value_checks.check_head(which, parts)  # as placed, without what does not count
 
     def project(self) -> tuple[Logits, Pullback]:
         dtype = compute_dtype((self.hidden, self.kernel))

@@ -50,7 +50,8 @@ class TopK(Classed):
 
     Args:
         indices: Integers, ``batch + (k,)``.
-        log_probs: Their log-probabilities under the full vocabulary, ``batch + (k,)``.
+        log_probs: Their log-probabilities under the full vocabulary, ``batch + (k,)``; float16 is
+            enough for a cache, and better than bfloat16.
         log_tail: The log of the rest's mass, of the batch shape; None is what log_probs lack from
             1, which float32 and a 16-bit cache know poorly where the teacher is confident.
         temperature: What they were taken at; static if a plain number. A loss must be given the
