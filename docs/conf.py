@@ -14,6 +14,7 @@ import kljax
 from kljax._pipeline import OPTIONS
 
 HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/kljax/kljax"
 
 project = "kljax"
 author = "the kljax authors"
@@ -27,11 +28,16 @@ extensions = [
     "sphinx_copybutton",
 ]
 html_theme = "furo"
-html_title = "kljax"
+html_title = f"kljax {kljax.__version__}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "py:obj"
@@ -135,6 +141,9 @@ _PUBLIC = {
 }
 
 
+_OTHERWISE = {"agreement", "divergence", "kl", "reduce"}  # names of arguments and fields, too
+
+
 def _target(called: str) -> str | None:
     """In full, of what may be called without its module."""
     if called.startswith(("jax.", "optax.", "nnx.", "flax.")):
@@ -150,7 +159,12 @@ def _link(app, doctree):
     for literal in list(doctree.findall(nodes.literal)):
         if isinstance(literal.parent, pending_xref | nodes.reference | nodes.title):
             continue
-        if target := _target(literal.astext().removesuffix("()")):
+        called = literal.astext().removesuffix("()")
+        if re.fullmatch(r"examples/\w+\.py", called):
+            link = nodes.reference("", "", refuri=f"{REPOSITORY}/blob/main/{called}")
+            literal.replace_self(link)
+            link += literal
+        elif called not in _OTHERWISE and (target := _target(called)):
             link = pending_xref("", refdomain="py", reftype="obj", reftarget=target)
             link["refexplicit"], link["refdoc"] = True, app.env.current_document.docname
             literal.replace_self(link)

@@ -154,7 +154,7 @@ def divergence(
 
     Raises:
         ValueError: When called, if the term does not return one contribution per class.
-            TypeError: for an unknown option or parameter.
+        TypeError: For an unknown option or parameter.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -364,7 +364,8 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
         wℓ per example, or their reduction.
 
     Raises:
-        ValueError: For a shape or option that does not fit, when tracing. TypeError: for a dtype.
+        ValueError: For a shape or option that does not fit, when tracing.
+        TypeError: For a dtype.
             Under `checked` also for values that cannot be what their type says.
 
     Example:
@@ -472,8 +473,8 @@ def jensen_shannon(
     Shapes, units, options, errors: as `forward_kl`. Never above the entropy of (β, 1 - β):
     log 2 at ½.
 
-    Zeros: always finite; a class that both sides lack contributes 0. With ``normalized`` the
-    ends are those of the KL that they are.
+    Zeros: always finite; a class that both sides lack contributes 0. With ``normalized``
+    β = 0 and 1 follow the rules of forward and reverse KL.
     Gradients: to both sides and beta, finite where the value is; with ``normalized``, at the
     ends themselves, to beta of first order only.
 
@@ -640,7 +641,8 @@ def kl_terms(
         temperature: Both sides become softmax(log-probabilities / T).
 
     Raises:
-        ValueError: For a shape or option that does not fit. TypeError: for a dtype.
+        ValueError: For a shape or option that does not fit.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -690,7 +692,7 @@ def cross_entropy(
 
     Raises:
         ValueError: For a shape or option that does not fit, or smoothing of a distribution.
-            TypeError: for a dtype, and for bare floats as targets. Under `checked` also for
+        TypeError: For a dtype, and for bare floats as targets. Under `checked` also for
             labels out of range.
 
     Example:

@@ -68,7 +68,8 @@ def sampled_kl(
         axis_name: Named mapped axes to sum numerator and denominator over before dividing.
 
     Raises:
-        ValueError: For a shape or option that does not fit. TypeError: for a dtype.
+        ValueError: For a shape or option that does not fit.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -133,7 +134,8 @@ def sampled_kl_loss(
 
     Raises:
         ValueError: For a shape or option that does not fit, and for a ``max_ratio`` without
-            ``log_behavior``. TypeError: for a dtype.
+            ``log_behavior``.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, kljax

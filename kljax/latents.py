@@ -65,7 +65,8 @@ def elbo_kl(
         axis_name: Named mapped axes to sum numerator and denominator over before dividing.
 
     Raises:
-        ValueError: For a shape or option that does not fit. TypeError: for a posterior that is not
+        ValueError: For a shape or option that does not fit.
+        TypeError: For a posterior that is not
             normal without a prior.
 
     Example:

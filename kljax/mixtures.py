@@ -43,7 +43,8 @@ def mixture(
 
     Raises:
         ValueError: For a shape or option that does not fit, and for a side that is no array of all
-            classes. TypeError: for a dtype.
+            classes.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax

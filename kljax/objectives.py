@@ -38,14 +38,23 @@ from kljax.reduction import AxisName, Reduction, Weighting
 
 @partial(export.register_namedtuple_serialization, serialized_name="kljax.DistillationMetrics")
 class DistillationMetrics(NamedTuple):
-    """Scalars to log, without gradient: weighted means over the batch (and ``axis_name``)."""
+    """Scalars to log, without gradient: weighted means over the batch (and ``axis_name``).
 
-    soft: Array  # the divergence at the temperature, before T² and soft_weight
-    hard: Array  # the cross-entropy with the labels; 0 without labels
-    divergence: Array  # at T = 1: comparable across temperatures; NaN with a top-k of another T
-    agreement: Array  # share of examples where student and teacher have the same argmax
-    teacher_entropy: Array  # at T = 1; NaN likewise
-    weight_sum: Array  # the number of examples where there are no weights
+    Args:
+        soft: The divergence at the temperature, before T² and ``soft_weight``.
+        hard: The cross-entropy with the labels; 0 without labels.
+        divergence: At T = 1, comparable across temperatures; NaN with a top-k of another T.
+        agreement: The share of examples where student and teacher have the same argmax.
+        teacher_entropy: At T = 1; NaN likewise.
+        weight_sum: The number of examples where there are no weights.
+    """
+
+    soft: Array
+    hard: Array
+    divergence: Array
+    agreement: Array
+    teacher_entropy: Array
+    weight_sum: Array
 
 
 @plainly
@@ -114,7 +123,8 @@ def distillation_loss(
         (loss, metrics).
 
     Raises:
-        ValueError: Without labels unless hard_weight is 0; and as `forward_kl`. TypeError: for a
+        ValueError: Without labels unless hard_weight is 0; and as `forward_kl`.
+        TypeError: For a
             dtype.
 
     Example:

@@ -58,7 +58,8 @@ def reduce(
             denominator are summed before dividing.
 
     Raises:
-        ValueError: For a shape or option that does not fit. TypeError: for a dtype.
+        ValueError: For a shape or option that does not fit.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax

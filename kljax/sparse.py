@@ -59,7 +59,8 @@ def top_k(
 
     Raises:
         ValueError: If k is not in [1, V], the temperature not positive, or the logits another kind
-            of distribution. TypeError: for a dtype.
+            of distribution.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -117,7 +118,8 @@ def sample_targets(
 
     Raises:
         ValueError: If n or the temperature is not positive, or the logits are another kind of
-            distribution. TypeError: for a dtype.
+            distribution.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, kljax

@@ -55,8 +55,8 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 
     For finding out what is wrong, not for training: the function is traced anew at each call.
     It stands outermost, ``checked(jit(f))`` and ``checked(grad(f))``; under another transform the
-    values are not known. Functions with effects of their own, such as Flax NNX's, go through
-    ``checkify`` and `value_checks` instead.
+    values are not known. With Flax NNX check the loss of a batch rather than a train step, whose
+    changes to modules would be lost.
 
     Reported are probabilities that are negative or do not sum to 1, log-probabilities that are
     positive or do not normalise, bare arrays that look like probabilities, indices and labels out

@@ -36,7 +36,8 @@ def kl_divergence(y_true: ArrayLike | Sequence[Any], y_pred: ArrayLike | Sequenc
         y_pred: Probabilities, likewise.
 
     Raises:
-        ValueError: If there is no axis, or for complex numbers. TypeError: for shapes that do not
+        ValueError: If there is no axis, or for complex numbers.
+        TypeError: For shapes that do not
             broadcast.
 
     Example:

@@ -45,7 +45,8 @@ def kl_divergence(
             of shape (n,) masks classes. Masks of examples need a last axis of 1.
 
     Raises:
-        ValueError: For an axis or a mask that does not fit. TypeError: for a dtype, or shapes that
+        ValueError: For an axis or a mask that does not fit.
+        TypeError: For a dtype, or shapes that
             do not broadcast.
 
     Example:
@@ -230,7 +231,8 @@ def softmax_cross_entropy_with_integer_labels(
         where: bool, the elements to include; it broadcasts against the logits.
 
     Raises:
-        ValueError: For an axis or a mask that does not fit. TypeError: for a dtype, or shapes
+        ValueError: For an axis or a mask that does not fit.
+        TypeError: For a dtype, or shapes
             that do not broadcast.
 
     Example:

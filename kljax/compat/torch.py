@@ -52,7 +52,8 @@ def kl_div(
 
     Raises:
         ValueError: For an unknown reduction; for shapes that do not broadcast (PyTorch's
-            RuntimeError). TypeError: for anything but arrays of floats, or a ``log_target`` that
+            RuntimeError).
+        TypeError: For anything but arrays of floats, or a ``log_target`` that
             is not bool.
 
     Example:

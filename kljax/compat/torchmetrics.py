@@ -46,7 +46,7 @@ def kl_divergence(
     Raises:
         ValueError: For shapes that differ (torchmetrics' RuntimeError) or are not 2-D, and for an
             unknown reduction (which torchmetrics' functions, not its metrics, let pass).
-            TypeError: for what is no array of numbers.
+        TypeError: For what is no array of numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +65,7 @@ def jensen_shannon_divergence(
 ) -> Array:
     r"""torchmetrics' functional ``jensen_shannon_divergence`` of each row.
 
-    .. math:: \tfrac12 D(p\|m) + \tfrac12 D(q\|m), \qquad m = \tfrac12 (p + q)
+    .. math:: \tfrac{1}{2} D(p\|m) + \tfrac{1}{2} D(q\|m), \qquad m = \tfrac{1}{2} (p + q)
 
     Shapes, units (nats), arguments, errors: as `kl_divergence`. torchmetrics computes log 2 in
     float32 for log-probabilities, which puts its float64 results 1.9e-9 off; here they are exact.
@@ -175,7 +175,8 @@ class KLDivergence(_RowMetric):
         reduction: "mean" over rows, "sum", "none" or None.
 
     Raises:
-        ValueError: For an unknown reduction; later as `kl_divergence`. TypeError: for a
+        ValueError: For an unknown reduction; later as `kl_divergence`.
+        TypeError: For a
             ``log_prob`` that is not bool.
 
     Example:

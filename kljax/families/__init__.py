@@ -1,8 +1,8 @@
-"""Parametric families, one in each file: closed forms for the library's own divergences.
+"""Parametric families: closed forms for the library's own divergences.
 
-They go to `kl`, `forward_kl`, `reverse_kl`, `jeffreys`, `entropy` and `cross_entropy` with the
-options of these that are not of classes. Batch shapes broadcast; ``axis``, none by default, names
-the batch axes whose divergences are summed, as of independent components.
+They work with `kl`, `forward_kl`, `reverse_kl`, `jeffreys`, `entropy` and `cross_entropy`;
+``where``, ``temperature`` and ``class_axis_name`` do not apply. Batch shapes broadcast; ``axis``,
+none by default, names the batch axes whose divergences are summed, as of independent components.
 """
 
 from kljax._closed_forms import Family as Family

@@ -24,13 +24,21 @@ _LOWEST, _BINS = -29.0, 1024  # from 3e-13 to 5e4 nats
 
 @partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics.Summary")
 class Summary(NamedTuple):
-    """What is known of all examples together; NaN where there are none."""
+    """What is known of all examples together; NaN where there are none.
 
-    mean: Array  # weighted
-    minimum: Array  # of the examples whose weight is not 0, as the maximum
+    Args:
+        mean: Weighted.
+        minimum: Of the examples whose weight is not 0.
+        maximum: Likewise.
+        agreement: Weighted share; NaN unless updates told it.
+        weight_sum: The number of examples where there were no weights.
+    """
+
+    mean: Array
+    minimum: Array
     maximum: Array
-    agreement: Array  # weighted share; NaN unless updates told it
-    weight_sum: Array  # the number of examples where there were no weights
+    agreement: Array
+    weight_sum: Array
 
 
 @partial(export.register_namedtuple_serialization, serialized_name="kljax.metrics._Sum")
@@ -105,7 +113,8 @@ class Divergence(NamedTuple):
             axis_name: Named mapped axes (``vmap``, ``shard_map``) over which the batch is spread.
 
         Raises:
-            ValueError: For a shape that does not fit. TypeError: for a dtype.
+            ValueError: For a shape that does not fit.
+            TypeError: For a dtype.
         """
         values = checks.to_array(_NAME, "values", values)
         checks.require_float(_NAME, "values", values)
