@@ -44,6 +44,8 @@ from kljax.reduction import reduce as reduce
 from kljax.sparse import sample_targets as sample_targets
 from kljax.sparse import top_k as top_k
 
+_LAZY = ("compat", "families", "metrics", "training")  # loaded when they are asked for
+
 if _typing.TYPE_CHECKING:
     from kljax import compat as compat
     from kljax import families as families
@@ -55,9 +57,6 @@ else:  # or type checkers would take any name for one that there is
         if name in _LAZY:
             return _import_module(f"kljax.{name}")
         raise AttributeError(f"module 'kljax' has no attribute {name!r}")
-
-
-_LAZY = ("compat", "families", "metrics", "training")  # loaded when they are asked for
 
 
 def __dir__() -> list[str]:

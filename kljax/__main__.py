@@ -30,7 +30,14 @@ from kljax._engine import blocks, paths
 from kljax._engine.pairs import PairState
 
 PACKAGES = ("jax", "jaxlib", "optax", "chex", "flax", "numpy")
-FLAGS = ("enable_x64", "default_matmul_precision", "numpy_dtype_promotion", "debug_nans")
+FLAGS = (
+    "enable_x64",
+    "default_matmul_precision",
+    "numpy_dtype_promotion",
+    "debug_nans",
+    "debug_infs",
+    "disable_jit",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def facts() -> Iterator[tuple[str, object]]:
     """What needs no device comes first: it may be the device that is broken."""
-    yield "kljax", kljax.__version__
+    yield "kljax", f"{kljax.__version__}, from {os.path.dirname(kljax.__file__)}"
     for package in PACKAGES:
         try:
             yield package, version(package)
@@ -316,7 +323,8 @@ def self_check() -> int:
     print(f"\n{'Self-check against NumPy in float64':<52} {'error':>8} {'bound':>8}")
     for check in CHECKS:
         try:
-            with np.errstate(all="ignore"):  # infinities are meant
+            # Infinities are meant, and what is timed is compiled.
+            with np.errstate(all="ignore"), jax.debug_infs(False), jax.disable_jit(False):
                 for name, off, bound in check():
                     passed.append(off <= bound)
                     verdict = "ok" if passed[-1] else "FAILED"

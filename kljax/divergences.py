@@ -194,6 +194,7 @@ class _Made:
         )
         given = inspect.signature(term).parameters.values()
         self._parameters = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
+        self.__name__ = self._formula.name
         _named_like(term, self)
         sides = [inspect.Parameter(a, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in _SIDES]
         own = [p.replace(annotation=p.empty) for p in given if p.kind is p.KEYWORD_ONLY]
@@ -364,9 +365,9 @@ def forward_kl(kl: KLTerm, s: Array, t: Array, ratio: Array) -> Array:
         wℓ per example, or their reduction.
 
     Raises:
-        ValueError: For a shape or option that does not fit, when tracing.
+        ValueError: For a shape or option that does not fit, when tracing; under `checked` also for
+            values that cannot be what their type says.
         TypeError: For a dtype.
-            Under `checked` also for values that cannot be what their type says.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -691,9 +692,9 @@ def cross_entropy(
         **options: As for `forward_kl`.
 
     Raises:
-        ValueError: For a shape or option that does not fit, or smoothing of a distribution.
-        TypeError: For a dtype, and for bare floats as targets. Under `checked` also for
-            labels out of range.
+        ValueError: For a shape or option that does not fit, or smoothing of a distribution; under
+            `checked` also for labels out of range.
+        TypeError: For a dtype, and for bare floats as targets.
 
     Example:
         >>> import jax.numpy as jnp, kljax

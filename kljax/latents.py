@@ -66,8 +66,7 @@ def elbo_kl(
 
     Raises:
         ValueError: For a shape or option that does not fit.
-        TypeError: For a posterior that is not
-            normal without a prior.
+        TypeError: For a posterior that is not normal without a prior.
 
     Example:
         >>> import jax.numpy as jnp, kljax

@@ -124,8 +124,7 @@ def distillation_loss(
 
     Raises:
         ValueError: Without labels unless hard_weight is 0; and as `forward_kl`.
-        TypeError: For a
-            dtype.
+        TypeError: For a dtype.
 
     Example:
         >>> import jax.numpy as jnp, kljax

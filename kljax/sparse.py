@@ -231,7 +231,7 @@ def _best_of_shards(
 ) -> Array:
     """The numbers of the best among the best of each shard."""
     numbers = indices + lax.axis_index(names).astype(indices.dtype) * classes
-    own = (jnp.arange(lax.axis_size(names)) == lax.axis_index(names))[:, None]
+    own = (jnp.arange(lax.axis_size(names), dtype=jnp.int32) == lax.axis_index(names))[:, None]
 
     def gathered(x: Array) -> Array:  # as a sum, it is known to be the same on all shards
         x = lax.psum(jnp.where(own, x[..., None, :], 0), names)
@@ -262,7 +262,9 @@ def _drawn(count: int, teacher: _Teacher, keys: Array, power: Array) -> tuple[Ar
     for _axis in range(log_probs.ndim - 1):
         draw = jax.vmap(draw, (0, 0, None))
     # One after another: a draw takes noise of the size of the logits.
-    scores, draws = lax.map(lambda m: draw(keys, tilted, m), jnp.arange(count) + shard * count)
+    scores, draws = lax.map(
+        lambda m: draw(keys, tilted, m), jnp.arange(count, dtype=jnp.int32) + shard * count
+    )
     draws = classes.best_of_all(scores, draws.astype(jnp.int32) + shard * held_here)
     indices = jnp.sort(jnp.moveaxis(draws, 0, -1), axis=-1)
     same = indices[..., :, None] == indices[..., None, :]

@@ -316,6 +316,8 @@ def test_options_are_keywords():
     for theirs, ours in {"mask": "weights", "T": "temperature", "dim": "axis"}.items():
         with pytest.raises(TypeError, match=f"no option '{theirs}'; did you mean '{ours}'?"):
             kljax.forward_kl(X, X, **{theirs: 1})
+    with pytest.raises(TypeError, match="no option 'alpha'; it has none of its own"):
+        kljax.distillation_loss(X, X, divergence=partial(kljax.forward_kl, alpha=0.1))
     mine = kljax.divergence(mine_term)
     with pytest.raises(
         TypeError, match=re.escape("mine_term() has no option 'gama'; did you mean 'gamma'?")

@@ -1,5 +1,7 @@
 """The divergences under JAX's transforms, with every option of shape."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,3 +250,32 @@ def test_integer_shares(rng, end):
         assert_close(jax.grad(loss)(x, end), jax.grad(loss)(x, float(end)))
     scaled = lambda x, b: kljax.jensen_shannon(x, y, beta=b, normalized=True)  # noqa: E731
     assert_close(jax.grad(scaled)(x, end), jax.grad(scaled)(x, float(end)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_higher_orders_at_equality(rng, shift):
+    """Where slopes and differences are 0, but move: what the textbook formula gives there."""
+    t = jnp.asarray(rng.normal(size=5))
+    s, w = t + shift, jnp.asarray(rng.normal(size=5))
+
+    def textbook(s, t, temperature):
+        log_s, log_t = (jax.nn.log_softmax(x / temperature) for x in (s, t))
+        return jnp.exp(log_t) * (log_t - log_s)
+
+    def terms(s, t, temperature):
+        return kljax.kl_terms(t, s, temperature=temperature)
+
+    def third(f):
+        total = lambda s: jnp.sum(w * f(s, t, 1.3))  # noqa: E731
+        return jax.jacfwd(jax.jacfwd(jax.jacrev(total)))(s)
+
+    def mixed(f):
+        to_temperature = jax.grad(lambda s, temperature: jnp.sum(f(s, t, temperature)), 1)
+        return jax.jacfwd(jax.jacrev(to_temperature))(s, 1.3)
+
+    whole = lambda s, t, temperature: kljax.forward_kl(s, t, temperature=temperature)  # noqa: E731
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+    close(jax.jit(lambda: third(terms))(), third(textbook))
+    close(jax.jit(lambda: mixed(whole))(), mixed(textbook))
+    assert np.abs(mixed(textbook)).max() > 1e-2

@@ -125,6 +125,14 @@ ACCEPTED = {
         weights=jnp.array([0.0, 1.0]),
         where=jnp.arange(4) != 1,
     ),
+    "NaN of a head where no example counts": lambda: kljax.entropy(
+        kljax.Head(LOGITS[0] * jnp.nan, jnp.full((3, 4), jnp.nan)), weights=jnp.float32(0)
+    ),
+    "NaN of a class that exists for an example of weight 0": lambda: kljax.entropy(
+        kljax.Head(LOGITS, jnp.ones((4, 3)).at[1].set(jnp.nan), transposed=True),
+        where=jnp.array([[True] * 4, [True, False, True, True]]),
+        weights=jnp.array([0.0, 1.0]),
+    ),
     "masked classes": lambda: kljax.entropy(
         kljax.Probs(jnp.array([0.5, 0.5, jnp.nan])), where=jnp.array([True, True, False])
     ),

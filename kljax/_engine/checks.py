@@ -47,8 +47,8 @@ def to_array(caller: str, argument: str, value: Any) -> Array:
         got, remedy = type(value).__name__, "Pass a JAX or NumPy array."
         if isinstance(value, np.ndarray):
             got = f"one of dtype {value.dtype}"
-            if value.dtype.kind == "V":  # what NumPy's files make of bfloat16
-                remedy = "Give it its dtype again, as by x.view(jnp.bfloat16)."
+            if value.dtype == "V2":  # what NumPy's files make of bfloat16
+                remedy = "Give it its dtype again, by x.view(jnp.bfloat16)."
         raise TypeError(message_of(caller, argument, "an array", got, remedy)) from error
 
 
@@ -394,11 +394,13 @@ def require_options(caller: str, given: Iterable[str], known: Collection[str]) -
     """A misspelt option is told the nearest one, and other libraries' names their own."""
     for name in given:
         if name not in known:
+            message = f"{caller}() has no option {name!r}; "
+            if not known:
+                raise TypeError(message + "it has none of its own.")
             (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
             meant = _ELSEWHERE.get(name, nearest)
             meant = meant if meant in known else nearest
-            message = f"{caller}() has no option {name!r}; did you mean {meant!r}? "
-            raise TypeError(message + "It has " + ", ".join(known) + ".")
+            raise TypeError(f"{message}did you mean {meant!r}? It has {', '.join(known)}.")
 
 
 def require_axes(

@@ -354,9 +354,11 @@ def _log_masses(loss: Loss, seen: View) -> Array:
 
 
 def _masked_product(slope: Array, scores: Array) -> Array:
-    """slope · score, with 0 · inf = 0 at a class of probability zero."""
-    masked = slope == 0
-    return slope * jnp.where(masked, 0, scores)
+    """slope · score, with 0 · inf = 0 at a class of probability zero, and 0 where nothing counts.
+
+    By the scores, for a slope may be 0 here and move.
+    """
+    return slope * jnp.where(jnp.isfinite(scores), scores, 0)
 
 
 def _cleared(there: Classes, tangent: Array) -> Array:

@@ -292,5 +292,6 @@ def _log_ratio(
 
 def log_ratio_of_masses(a: Array, b: Array) -> Array:
     """log a - log b; to exchange the two changes the sign and nothing else."""
-    sign = jnp.where(a < b, jnp.asarray(-1, a.dtype), 1)
-    return sign * jnp.log1p(sign * (a - b) / jnp.minimum(a, b))
+    is_less = a < b
+    sign, less = jnp.where(is_less, jnp.asarray(-1, a.dtype), 1), jnp.where(is_less, a, b)
+    return sign * jnp.log1p(sign * (a - b) / less)

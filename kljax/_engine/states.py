@@ -117,7 +117,15 @@ def _in_two_passes(
     peak = jnp.expand_dims(peak, axis).astype(dtype)
     scores = x.astype(dtype) - peak
     scores = scores if inverse is None else scores * inverse
-    return RowState(peak, jnp.sum(jnp.exp(scores), axis=axis, keepdims=True))
+    state = RowState(peak, jnp.sum(jnp.exp(scores), axis=axis, keepdims=True))
+    # XLA:CPU would store the scores for those who subtract the same peak again, which is as well
+    # while they stay in the cache. Where it takes the peak for another one, as behind a change of
+    # dtype, it would store a wide copy of a narrow x instead.
+    large = all(isinstance(n, int) for n in x.shape) and x.size >= _STORED
+    return lax.optimization_barrier(state) if large and x.dtype == dtype else state
+
+
+_STORED = 2**16  # elements
 
 
 def _in_one_pass(

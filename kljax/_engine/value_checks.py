@@ -126,11 +126,11 @@ def check_logits(which: str, logits: Array, classes: Classes, *, bare: bool = Fa
 
 
 @_on_demand
-def check_head(which: str, parts: dict[str, Array | None]) -> None:
-    """Report NaN in what logits are made of."""
-    for part, x in parts.items():
+def check_head(which: str, parts: dict[str, tuple[Any, Array]]) -> None:
+    """Report NaN in what logits are made of, where that counts."""
+    for part, (x, counts) in parts.items():
         if x is not None:
-            checkify.check(~jnp.any(jnp.isnan(x)), f"{which}.{part} hold NaN")
+            checkify.check(~jnp.any(jnp.isnan(x) & counts), f"{which}.{part} hold NaN")
 
 
 @_on_demand

@@ -4,6 +4,8 @@ import typing as _typing
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
+_LAZY = ("gluon", "keras", "optax", "torch", "torchmetrics")
+
 if _typing.TYPE_CHECKING:
     from kljax.compat import gluon as gluon
     from kljax.compat import keras as keras
@@ -16,9 +18,6 @@ else:  # or type checkers would take any name for one that there is
         if name in _LAZY:
             return _import_module(f"kljax.compat.{name}")
         raise AttributeError(f"module 'kljax.compat' has no attribute {name!r}")
-
-
-_LAZY = ("gluon", "keras", "optax", "torch", "torchmetrics")
 
 
 def __dir__() -> list[str]:

@@ -37,8 +37,7 @@ def kl_divergence(y_true: ArrayLike | Sequence[Any], y_pred: ArrayLike | Sequenc
 
     Raises:
         ValueError: If there is no axis, or for complex numbers.
-        TypeError: For shapes that do not
-            broadcast.
+        TypeError: For shapes that do not broadcast.
 
     Example:
         >>> from kljax.compat import keras

@@ -46,8 +46,7 @@ def kl_divergence(
 
     Raises:
         ValueError: For an axis or a mask that does not fit.
-        TypeError: For a dtype, or shapes that
-            do not broadcast.
+        TypeError: For a dtype, or shapes that do not broadcast.
 
     Example:
         >>> import jax.numpy as jnp
@@ -232,8 +231,7 @@ def softmax_cross_entropy_with_integer_labels(
 
     Raises:
         ValueError: For an axis or a mask that does not fit.
-        TypeError: For a dtype, or shapes
-            that do not broadcast.
+        TypeError: For a dtype, or shapes that do not broadcast.
 
     Example:
         >>> import jax.numpy as jnp

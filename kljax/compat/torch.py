@@ -53,8 +53,7 @@ def kl_div(
     Raises:
         ValueError: For an unknown reduction; for shapes that do not broadcast (PyTorch's
             RuntimeError).
-        TypeError: For anything but arrays of floats, or a ``log_target`` that
-            is not bool.
+        TypeError: For anything but arrays of floats, or a ``log_target`` that is not bool.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -176,8 +176,7 @@ class KLDivergence(_RowMetric):
 
     Raises:
         ValueError: For an unknown reduction; later as `kl_divergence`.
-        TypeError: For a
-            ``log_prob`` that is not bool.
+        TypeError: For a ``log_prob`` that is not bool.
 
     Example:
         >>> import jax.numpy as jnp

@@ -110,8 +110,18 @@ class Head(Classed):
         live: Array | None,
         temperature: Array | None,
     ) -> None:
-        parts = {part: getattr(self, part) for part in ("hidden", "kernel", "bias", "scale")}
-        value_checks.check_head(which, parts)  # as placed, without what does not count
+        counted = classes.only(live).where
+        exists = jnp.ones(1, bool)
+        if counted is not None:
+            exists = jnp.any(counted, axis=tuple(range(counted.ndim - 1)))
+        of_classes = jnp.expand_dims(exists, 1 if self.transposed else 0)
+        parts = {
+            "hidden": (self.hidden, jnp.any(exists)),  # what does not count is no NaN once placed
+            "kernel": (self.kernel, of_classes),
+            "bias": (self.bias, exists),
+            "scale": (self.scale, jnp.any(exists)),
+        }
+        value_checks.check_head(which, parts)
 
     def project(self) -> tuple[Logits, Pullback]:
         dtype = compute_dtype((self.hidden, self.kernel))

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.terms import weigh
-from kljax.distributions import Distribution
+from kljax.distributions import Distribution, Logits, LogProbs, Probs
 from kljax.reduction import AxisName
 
 # The histogram: bins of equal width in log(value). Beyond them only the extremes are known.
@@ -147,8 +147,8 @@ _NAME = "Divergence"
 
 
 def agreement(
-    predictions: ArrayLike | Distribution,
-    targets: ArrayLike | Distribution,
+    predictions: ArrayLike | Logits | LogProbs | Probs,
+    targets: ArrayLike | Logits | LogProbs | Probs,
     *,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -181,10 +181,12 @@ def agreement(
     Source: top-1 agreement, as in Stanton et al., Does Knowledge Distillation Really Work?
     (2021), section 3.
     """
-    arrays = [
-        checks.to_array("agreement", name, *jax.tree.leaves(side))
-        for name, side in (("predictions", predictions), ("targets", targets))
-    ]
+    arrays = []
+    for name, side in (("predictions", predictions), ("targets", targets)):
+        if isinstance(side, Distribution):
+            checks.require_all_classes("agreement", name, side)
+            (side,) = jax.tree.leaves(side)
+        arrays.append(checks.to_array("agreement", name, side))
     shapes = dict(zip(("predictions", "targets"), (x.shape for x in arrays), strict=True))
     layout = checks.require_layout("agreement", shapes, axis)
     best = []
