@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pydoc
 import re
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math import latex2mathml
 from sphinx.addnodes import pending_xref
+from sphinx.util import logging
 
 import kljax
 from kljax._pipeline import OPTIONS
@@ -41,6 +43,7 @@ html_theme_options = {
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "py:obj"
+nitpicky = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
@@ -146,7 +149,7 @@ _OTHERWISE = {"agreement", "divergence", "kl", "reduce"}  # names of arguments a
 
 def _target(called: str) -> str | None:
     """In full, of what may be called without its module."""
-    if called.startswith(("jax.", "optax.", "nnx.", "flax.")):
+    if re.fullmatch(r"(jax|optax|nnx|flax)\.[\w.]+", called):
         return f"flax.{called}" if called.startswith("nnx.") else called
     names = (called, f"kljax.{called}", *(f"{module}.{called}" for module in _MODULES))
     return next((name for name in names if name in _PUBLIC), None)
@@ -160,6 +163,8 @@ def _link(app, doctree):
         if isinstance(literal.parent, pending_xref | nodes.reference | nodes.title):
             continue
         called = literal.astext().removesuffix("()")
+        if re.fullmatch(r"kljax(\.\w+)+", called) and pydoc.locate(called) is None:
+            logging.getLogger(__name__).warning("there is no %s", called, location=literal)
         if re.fullmatch(r"examples/\w+\.py", called):
             link = nodes.reference("", "", refuri=f"{REPOSITORY}/blob/main/{called}")
             literal.replace_self(link)

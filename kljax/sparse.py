@@ -55,7 +55,7 @@ def top_k(
             the indices number the whole vocabulary, the k best of all shards.
 
     Returns:
-        A `TopK` with ``tail="bucket"``; `dataclasses.replace` gives it another tail.
+        A `TopK` with ``tail="bucket"``; ``dataclasses.replace`` gives it another tail.
 
     Raises:
         ValueError: If k is not in [1, V], the temperature not positive, or the logits another kind

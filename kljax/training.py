@@ -356,7 +356,7 @@ class AdaptiveKlState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveKlCoefficient:
-    """What `adaptive_kl_coefficient` makes: `init` gives a state, `update` the next one."""
+    """What `adaptive_kl_coefficient` makes: ``init`` gives a state, `update` the next one."""
 
     target: ArrayLike
     horizon: ArrayLike

@@ -3,9 +3,10 @@
 `pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow;
 `pytest --aot v5e` what the TPU's compiler makes of it, `--aot H200` what NVIDIA's does.
 `--as-on tpu` takes the choices that are made on that platform, and runs them here. `--every 2` runs
-every second one of what is asked for.
+half of what is asked for, chosen by the tests' names.
 """
 
+import zlib
 from functools import partial
 
 import jax
@@ -24,7 +25,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--aot", help="run the tests that compile for this accelerator, and only those"
     )
-    parser.addoption("--every", type=int, default=1, help="run only every n-th of these tests")
+    parser.addoption(
+        "--every", type=int, default=1, help="run one of n of these tests, by its name"
+    )
     parser.addoption(
         "--as-on", choices=["tpu", "cuda"], help="take each platform's choice as there, and run it"
     )
@@ -50,8 +53,9 @@ def pytest_collection_modifyitems(config, items):
         is_aot = item.get_closest_marker("aot") is not None
         (kept if (is_aot, is_slow(item)) == asked else others).append(item)
     every = config.getoption("every")
-    others += [item for i, item in enumerate(kept) if i % every]
-    kept = kept[::every]
+    by_name = {item: zlib.crc32(item.nodeid.encode()) % every for item in kept}
+    others += [item for item in kept if by_name[item]]
+    kept = [item for item in kept if not by_name[item]]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = kept

@@ -401,3 +401,21 @@ def test_the_gradient_of_samples(rng):
         return jnp.sum(jnp.where(there, at, 0))
 
     alike(gradient, jax.grad(expected)(y))
+
+
+@pytest.mark.usefixtures("x64")
+def test_few_classes_in_float64(rng):
+    """Where a bare `arange` would be 64 bits wide; a row of NaN keeps indices that there are."""
+    y = jnp.asarray(rng.normal(size=(N, V))).at[1].set(jnp.nan)
+
+    def few(y):
+        best = kljax.top_k(y, 3, class_axis_name="model")
+        drawn = kljax.sample_targets(jax.random.key(0), y, 3, class_axis_name="model")
+        return best.indices, drawn.indices, best.log_probs, drawn.log_probs
+
+    spread = jax.shard_map(few, mesh=meshes(two=False), in_specs=P(None, "model"), out_specs=P())
+    best, drawn, *log_probs = jax.jit(spread)(y)
+    np.testing.assert_array_equal(best[0], np.argsort(-y[0])[:3])
+    assert ((best >= 0) & (best < V)).all()
+    assert ((drawn >= 0) & (drawn < V)).all()
+    assert all(x.dtype == np.float64 for x in log_probs)

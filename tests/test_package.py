@@ -217,11 +217,23 @@ def test_public_classes_are_documented(name):
 
 
 def test_public_names_are_on_the_site():
-    """Every public name has its place in the reference."""
+    """Every public name, of submodules too, has its place in the reference."""
     pages = "\n".join(p.read_text() for p in (ROOT.parent / "docs" / "api").glob("*.md"))
-    public = [n for n in PUBLIC if not inspect.ismodule(getattr(kljax, n))]
-    missing = [n for n in public if not re.search(rf":: {n}$", pages, re.MULTILINE)]
-    assert not missing
+    for module in ("kljax", "kljax.families", *LEAVES):
+        for name, one in vars(importlib.import_module(module)).items():
+            ours = getattr(one, "__module__", "").startswith(module) and not name.startswith("_")
+            if ours and (inspect.isclass(one) or inspect.isfunction(one)):
+                assert re.search(rf":: {name}$", pages, re.MULTILINE), f"{module}.{name}"
+
+
+def test_one_version():
+    """Of the package, its citation and its changelog."""
+    top = ROOT.parent
+    version = re.search(r'^version = "(.+)"$', (top / "pyproject.toml").read_text(), re.MULTILINE)[
+        1
+    ]
+    assert f"\nversion: {version}\n" in (top / "CITATION.cff").read_text()
+    assert f"\n## {version}, " in (top / "CHANGELOG.md").read_text()
 
 
 def test_typed():

@@ -168,5 +168,5 @@ class Classes:
         """Of the best class of each shard; the first of several."""
         if not self.names:
             return number
-        held = score == lax.pmax(score, self.names)
+        held = ~(score < lax.pmax(score, self.names))  # NaN is held by all
         return lax.pmin(jnp.where(held, number, jnp.iinfo(jnp.int32).max), self.names)
