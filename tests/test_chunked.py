@@ -417,6 +417,15 @@ def test_temporary_memory(step, dtype):
     assert temporary_bytes(STEPS[step](kljax.forward_kl), x, x) < limit
 
 
+def test_temporary_memory_of_a_value():
+    """Of whole arrays the terms are stored, and not the scores of each side besides."""
+    x = jax.ShapeDtypeStruct((1024, 4096), np.float32)
+    f = partial(kljax.forward_kl, reduction="mean")
+    for implementation, limit in (("dense", 1.05), (blocks(8), 0.05)):
+        needed = temporary_bytes(partial(f, implementation=implementation), x, x)
+        assert needed < limit * 4 * math.prod(x.shape)
+
+
 @pytest.mark.parametrize("implementation", ["chunked", "rows"])
 def test_temporary_memory_of_a_named_implementation(implementation):
     """It runs as it is told; so do the whole arrays at once, which take more."""

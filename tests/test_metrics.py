@@ -130,6 +130,22 @@ def test_quantiles(rng):
     assert_close(got[jnp.array([0, -1])], want[[0, -1]])
 
 
+@pytest.mark.parametrize(
+    "side",
+    [
+        kljax.Head(np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)),
+        kljax.TopK(np.zeros((2, 1), int), np.zeros((2, 1), np.float32)),
+        kljax.families.Categorical(logits=np.ones((2, 4), np.float32)),
+    ],
+    ids=["head", "top-k", "family"],
+)
+def test_agreement_is_of_arrays(side):
+    x, got = np.ones((2, 4), np.float32), type(side).__name__
+    message = f"agreement: targets must be logits, LogProbs or Probs; got {got}. distillation_loss"
+    with pytest.raises(ValueError, match=message):
+        agreement(x, side)
+
+
 def test_agreement(rng):
     """Logits, log-probabilities, probabilities; a shared side; a mask of classes; ties."""
     s, t = rng.normal(size=(2, 6, 4)).astype(np.float32)

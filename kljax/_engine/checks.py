@@ -327,6 +327,12 @@ def require_all_classes(caller: str, argument: str, side: Any) -> None:
         fail(caller, argument, "an array of all classes", got, "Its terms are the whole array.")
 
 
+def require_one_array(caller: str, argument: str, side: Any, *, fits: bool) -> None:
+    if not fits:
+        remedy = "distillation_loss has it among its metrics for any two sides."
+        fail(caller, argument, "logits, LogProbs or Probs", type(side).__name__, remedy)
+
+
 def require_implementation(
     caller: str, implementation: Any, chunked: type, *, only_whole: str | None, known: bool
 ) -> None:

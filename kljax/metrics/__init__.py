@@ -184,7 +184,8 @@ def agreement(
     arrays = []
     for name, side in (("predictions", predictions), ("targets", targets)):
         if isinstance(side, Distribution):
-            checks.require_all_classes("agreement", name, side)
+            fits = isinstance(side, Logits | LogProbs | Probs)
+            checks.require_one_array("agreement", name, side, fits=fits)
             (side,) = jax.tree.leaves(side)
         arrays.append(checks.to_array("agreement", name, side))
     shapes = dict(zip(("predictions", "targets"), (x.shape for x in arrays), strict=True))
