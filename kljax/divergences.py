@@ -35,6 +35,7 @@ from kljax._engine.terms import (
     term_generalized_kl,
     term_jensen_shannon,
     term_kl,
+    term_skew_kl,
     weigh,
 )
 from kljax._pipeline import SMOOTHING
@@ -504,10 +505,17 @@ def jensen_shannon(
     return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
+def _to_mixture(kl: KLTerm, log_a: Array, log_b: Array, weight: Array, log_ratio: Array) -> Array:
+    """D(a‖m) for m = w a + (1 - w) b."""
+    if kl is term_generalized_kl:
+        return term_skew_kl(log_a, log_b, weight, log_ratio)
+    m, m_over_a, _ = log_mixture(log_a, log_b, weight, log_ratio)
+    return kl(log_a, m, m_over_a)
+
+
 @partial(_of_kl, name="skew_forward_kl")
 def _skew_forward(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
-    m, m_over_t, _ = log_mixture(t, s, alpha, ratio)
-    return kl(t, m, m_over_t)
+    return _to_mixture(kl, t, s, alpha, ratio)
 
 
 def _bind_skew_forward(alpha: ArrayLike) -> Bound:
@@ -550,8 +558,7 @@ def skew_forward_kl(
 
 @partial(_of_kl, name="skew_reverse_kl")
 def _skew_reverse(kl: KLTerm, s: Array, t: Array, ratio: Array, *, alpha: Array) -> Array:
-    m, m_over_s, _ = log_mixture(s, t, alpha, -ratio)
-    return kl(s, m, m_over_s)
+    return _to_mixture(kl, s, t, alpha, -ratio)
 
 
 def _bind_skew_reverse(alpha: ArrayLike) -> Bound:

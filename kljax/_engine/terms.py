@@ -6,6 +6,7 @@ log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and i
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-# Below this |log q - log p| the direct forms of KL and Jensen-Shannon terms round: a series serves.
+# Below this |log q - log p| the direct form of a KL term rounds, for it subtracts probabilities that
+# were rounded apart: a series serves.
 _SERIES_BOUND = 0.5
 
-# Below this |z| log(1 + z) is summed as a series, which is exact to the last bit near 0.
-_LOG1P_BOUND = 0.5
+# The same of a mixture, which is made of the ratio of its parts alone, and of log(1 + z).
+_SHORT_BOUND = 0.25
 
 
 def log_difference(log_a: Array, log_b: Array) -> Array:
@@ -148,11 +150,17 @@ def _generalized_kl(log_p: Array, log_q: Array, d: Array) -> Array:
 
 
 def _generalized(p: Array, q: Array, d: Array) -> Array:
-    # d is -inf where only q = 0, even if p is too small for its dtype, and inf where only p = 0.
-    infinite = jnp.isinf(d)
-    product = jnp.where(infinite, jnp.minimum(d, 0), p * jnp.where(infinite, 0, d))
     near = jnp.abs(d) < _SERIES_BOUND
-    return jnp.where(near, p * expm1_minus(jnp.where(near, d, 0)), (q - p) - product)
+    return jnp.where(near, p * expm1_minus(jnp.where(near, d, 0)), (q - p) - _times(p, d))
+
+
+def _times(p: Array, d: Array) -> Array:
+    """p · d for d = log q - log p.
+
+    It is -inf where only q = 0, even if p is too small for its dtype, and inf where only p = 0.
+    """
+    infinite = jnp.isinf(d)
+    return jnp.where(infinite, jnp.minimum(d, 0), p * jnp.where(infinite, 0, d))
 
 
 @partial(_generalized_kl.defjvp, symbolic_zeros=True)
@@ -186,8 +194,8 @@ def _probability_difference_jvp(primals, tangents):
 
 
 def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
-    """exp(d) - 1 - d for |d| below 1/2 or 1/8, by its Taylor series to the dtype's last bits."""
-    last = {0.5: (9, 17), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
+    """exp(d) - 1 - d for |d| below 1/2, 1/4 or 1/8, by its Taylor series to the dtype's last bits."""
+    last = {0.5: (9, 17), 0.25: (7, 14), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
     total = jnp.full_like(d, 1 / math.factorial(last))
     for n in range(last - 1, 1, -1):
         total = total * d + 1 / math.factorial(n)
@@ -272,44 +280,83 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    over_a, over_b = _log_over(w, r)
-    textbook = weigh(w * a, -over_a) + weigh((1 - w) * b, -over_b)
-    near = jnp.abs(r) < _SERIES_BOUND
-    close = jnp.where(near, r, 0)
-    heavy = jnp.where(_a_is_heavy(w, close), a, b)
-    return jnp.where(near, heavy * _near_mixture(*_from_heavy(w, close)), textbook)
+    from_a, from_b = _seen_from(w, 1 - w, r), _seen_from(1 - w, w, -r)
+    # What a and b differ by cancels, so it is left out where it is most of the two logarithms.
+    near = from_a.is_small & from_b.is_small
+    to_a = jnp.where(near, from_a.less, from_a.log)
+    to_b = jnp.where(near, from_b.less, from_b.log)
+    # Weights last: of 1/2 they are exact, and neither side's product is rounded less in a sum.
+    return -(w * (jnp.exp(log_a) * to_a) + (1 - w) * (jnp.exp(log_b) * to_b))
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)
 def _jensen_shannon_jvp(primals, tangents):
-    log_a, log_b, w, _ = primals
+    log_a, log_b, w, r = primals
     a_dot, b_dot, w_dot, _ = tangents
-    log_m, over_a, over_b = _log_mixture(*primals)
+    _, over_a, over_b = _log_mixture(_FINITE, *primals)
     tangent = jnp.zeros_like(log_a)
     if not isinstance(a_dot, SymbolicZero):
-        tangent += weigh(w * jnp.exp(log_a), -over_a) * a_dot
+        tangent += -w * jnp.exp(log_a) * over_a * a_dot
     if not isinstance(b_dot, SymbolicZero):
-        tangent += weigh((1 - w) * jnp.exp(log_b), -over_b) * b_dot
+        tangent += -(1 - w) * jnp.exp(log_b) * over_b * b_dot
     if not isinstance(w_dot, SymbolicZero):
-        from_a, from_b = (
-            term_generalized_kl(log_a, log_m, over_a),
-            term_generalized_kl(log_b, log_m, over_b),
-        )
-        tangent += (from_a - from_b) * w_dot
+        tangent += (_skew(log_a, log_b, w, r) - _skew(log_b, log_a, 1 - w, -r)) * w_dot
     return _jensen_shannon(*primals), tangent
 
 
-def _near_mixture(light: Array, ratio: Array) -> Array:
-    """The term over the heavy side's probability, without cancellation where the two are close.
+def term_skew_kl(log_a: Array, log_b: Array, weight: Array, log_ratio: Array) -> Array:
+    """The generalised KL(a, m) for m = w a + (1 - w) b, of which no term is negative."""
+    return _skew(log_a, log_b, jnp.asarray(weight, log_ratio.dtype), log_ratio)
 
-    With x = log light / heavy and z = m / heavy - 1 it is l (x e^x - e^x + 1) less
-    (1 + z) log(1 + z) - z, for a light weight of l: each of second order, the first the larger.
-    """
-    excess = expm1_minus(ratio)
-    z = light * (ratio + excess)
-    to_light = ratio * ratio + (ratio - 1) * excess
-    return light * to_light - (z * z + (1 + z) * log1p_minus(z))
+
+@jax.custom_jvp
+def _skew(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
+    a, seen = jnp.exp(log_a), _seen_from(w, 1 - w, r)
+    over_a = _beyond(seen.log, w, 1 - w, r)
+    direct = _excess(log_a, log_b, w, r) - _times(a, over_a)
+    return jnp.where(seen.is_small, -a * seen.less, direct)
+
+
+@partial(_skew.defjvp, symbolic_zeros=True)
+def _skew_jvp(primals, tangents):
+    log_a, log_b, w, _ = primals
+    a_dot, b_dot, w_dot, _ = tangents
+    (_, over_a, over_b), excess = _log_mixture(_EXACT, *primals), _excess(*primals)
+    tangent = jnp.zeros_like(log_a)
+    if not isinstance(a_dot, SymbolicZero):
+        of_a = weigh(w, jnp.exp(-over_a))
+        tangent += (_times_exp(log_a, -over_a) + excess * of_a) * a_dot
+    if not isinstance(b_dot, SymbolicZero):
+        tangent += excess * _part_of_b(*primals) * b_dot
+    if not isinstance(w_dot, SymbolicZero):
+        tangent += excess * (jnp.exp(-over_a) - jnp.exp(-over_b)) * w_dot
+    return _skew(*primals), tangent
+
+
+@jax.custom_jvp
+def _excess(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
+    """m - a, without cancellation where a and b are close."""
+    a, z = jnp.exp(log_a), _seen_from(w, 1 - w, r).z
+    return jnp.where(r < 1, a * z, (1 - w) * (jnp.exp(log_b) - a))
+
+
+@_excess.defjvp
+def _excess_jvp(primals, tangents):
+    plain = lambda a, b, w, r: jnp.exp(_log_mixture(_EXACT, a, b, w, r)[0]) - jnp.exp(a)  # noqa: E731
+    return _excess(*primals), jax.jvp(plain, primals, tangents)[1]
+
+
+@jax.custom_jvp
+def _part_of_b(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
+    """(1 - w) b / m."""
+    seen = _seen_from(w, 1 - w, r)
+    return (1 - w) * seen.b_over_a / seen.m_over_a
+
+
+@_part_of_b.defjvp
+def _part_of_b_jvp(primals, tangents):
+    plain = lambda a, b, w, r: weigh(1 - w, jnp.exp(-_log_mixture(_EXACT, a, b, w, r)[2]))  # noqa: E731
+    return _part_of_b(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def log_mixture(
@@ -351,12 +398,19 @@ def log_mixture(
     weight = jnp.asarray(weight, log_ratio.dtype)
     shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (log_a, log_b, weight, log_ratio)))
     log_a, log_b, log_ratio = (jnp.broadcast_to(x, shape) for x in (log_a, log_b, log_ratio))
-    return _log_mixture(log_a, log_b, weight, log_ratio)
+    return _log_mixture(_EXACT, log_a, log_b, weight, log_ratio)
 
 
-@jax.custom_jvp
-def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
-    over_a, over_b = _log_over(w, r)
+_EXACT, _FINITE = False, True  # cut off where one side has no mass beside the other
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_mixture(
+    finite: bool, log_a: Array, log_b: Array, w: Array, r: Array
+) -> tuple[Array, Array, Array]:
+    over_a, over_b = _seen_from(w, 1 - w, r).log, _seen_from(1 - w, w, -r).log
+    if not finite:
+        over_a, over_b = _beyond(over_a, w, 1 - w, r), _beyond(over_b, 1 - w, w, -r)
     # Stepping from the larger side never adds inf to -inf.
     from_b = r > 0
     log_m = jnp.where(from_b, log_b, log_a) + jnp.where(from_b, over_b, over_a)
@@ -364,10 +418,10 @@ def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array,
 
 
 @partial(_log_mixture.defjvp, symbolic_zeros=True)
-def _log_mixture_jvp(primals, tangents):
+def _log_mixture_jvp(finite, primals, tangents):
     log_a, log_b, w, _ = primals
     a_dot, b_dot, w_dot, _ = tangents  # the ratio is log b - log a: no fourth variable
-    log_m, over_a, over_b = _log_mixture(*primals)
+    log_m, over_a, over_b = _log_mixture(finite, *primals)
     m_dot, a_moves, b_moves = jnp.zeros_like(log_m), jnp.zeros_like(log_m), jnp.zeros_like(log_m)
     if not isinstance(a_dot, SymbolicZero):
         m_dot, a_moves = m_dot + weigh(w, jnp.exp(-over_a)) * a_dot, a_dot
@@ -378,53 +432,53 @@ def _log_mixture_jvp(primals, tangents):
     return (log_m, over_a, over_b), (m_dot, m_dot - a_moves, m_dot - b_moves)
 
 
-def _log_over(w: Array, r: Array) -> tuple[Array, Array]:
-    """log m - log a and log m - log b of m = w a + (1 - w) b, from r = log b - log a.
+class _Seen(NamedTuple):
+    """A mixture m = own a + other b as a sees it, so that a small weight costs no accuracy."""
 
-    Both from the side of more weight, m / heavy = 1 + light weight · (light / heavy - 1), so that
-    a small weight costs no accuracy and one logarithm serves both.
-    """
-    light, ratio = _from_heavy(w, r)
-    heavy = 1 - light
-    # Beyond this ratio the heavy side's share of m is below any rounding, or exp overflows.
-    digits, overflow = (37, 700) if r.dtype == jnp.float64 else (17, 85)
-    bound = jnp.minimum(jnp.log(heavy) - jnp.log(light) + digits, overflow)
-    only_light = ratio > jnp.where(light == 0, jnp.inf, bound)
-
-    exp_ratio = jnp.exp(jnp.minimum(ratio, overflow))
-    close = jnp.abs(ratio) < _SERIES_BOUND
-    small = jnp.where(close, ratio, 0)
-    z = light * jnp.where(close, small + expm1_minus(small), exp_ratio - 1)
-    log1p_z = jnp.where(
-        jnp.abs(z) < _LOG1P_BOUND, z + log1p_minus(z), jnp.log(heavy + light * exp_ratio)
-    )
-    over_heavy = jnp.where(only_light, ratio + jnp.log(light), log1p_z)
-    over_light = jnp.where(only_light, jnp.log(light), log1p_z - ratio)
-    a_is_heavy = _a_is_heavy(w, r)
-    return (
-        jnp.where(a_is_heavy, over_heavy, over_light),
-        jnp.where(a_is_heavy, over_light, over_heavy),
-    )
+    z: Array  # m / a - 1
+    is_small: Array  # whether a series serves for its logarithm
+    less: Array  # log(1 + z) - z where it does
+    log: Array  # log(1 + z)
+    m_over_a: Array
+    b_over_a: Array
 
 
-def _from_heavy(w: Array, r: Array) -> tuple[Array, Array]:
-    """The weight of the side of less weight, and the log of its ratio to the other."""
-    return jnp.minimum(w, 1 - w), jnp.where(_a_is_heavy(w, r), r, -r)
+def _seen_from(own: Array, other: Array, r: Array) -> _Seen:
+    """From r = log b - log a."""
+    near = jnp.abs(r) < _SHORT_BOUND
+    small, b_over_a = jnp.where(near, r, 0), jnp.exp(_finite(r))
+    z = other * jnp.where(near, small + expm1_minus(small, _SHORT_BOUND), b_over_a - 1)
+    is_small = jnp.abs(z) < _SHORT_BOUND
+    small = jnp.where(is_small, z, 0)
+    less = log1p_minus(small, _SHORT_BOUND)
+    m_over_a = own + other * b_over_a
+    log = jnp.where(is_small, small + less, jnp.log(m_over_a))
+    return _Seen(z, is_small, less, log, m_over_a, b_over_a)
 
 
-def _a_is_heavy(w: Array, r: Array) -> Array:
-    """Which side has more weight; of equal ones the more probable, so that the order is nothing."""
-    return (w > 0.5) | ((w == 0.5) & (r <= 0))
+def _finite(log_ratio: Array) -> Array:
+    """Cut off before exp overflows: there the one side is nothing beside the other."""
+    return jnp.clip(log_ratio, -_overflow(log_ratio), _overflow(log_ratio))
 
 
-def log1p_minus(z: Array) -> Array:
-    """log(1 + z) - z for |z| < 1/2, to the last bit of the dtype.
+def _overflow(x: Array) -> int:
+    return 700 if x.dtype == jnp.float64 else 85
+
+
+def _beyond(over_a: Array, own: Array, other: Array, r: Array) -> Array:
+    """log m - log a, also where m is made of b alone: then r need not be finite."""
+    alone = (r > jnp.where(other == 0, jnp.inf, _overflow(r))) | (own == 0)
+    return jnp.where(alone, r + jnp.log(jnp.where(other == 0, 1, other)), over_a)
+
+
+def log1p_minus(z: Array, bound: float = 0.5) -> Array:
+    """log(1 + z) - z for |z| below 1/2 or 1/4, to the last bit of the dtype.
 
     From the series of log(1 + z) = 2 artanh(s) with s = z / (2 + z), for which 2 s - z = -s z.
     """
+    last = {0.5: (13, 31), 0.25: (9, 21)}[bound][z.dtype == jnp.float64]
     s = z / (2 + z)
     square = s * s
-    last = 31 if z.dtype == jnp.float64 else 13
     total = jnp.full_like(z, 2 / last)
     for n in range(last - 2, 1, -2):
         total = total * square + 2 / n
