@@ -14,8 +14,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-# Below this |log q - log p| the direct form of a KL term rounds, for it subtracts probabilities that
-# were rounded apart: a series serves.
+# Below this |log q - log p| the direct form of a KL term rounds, for it subtracts probabilities
+# that were rounded apart: a series serves.
 _SERIES_BOUND = 0.5
 
 # The same of a mixture, which is made of the ratio of its parts alone, and of log(1 + z).
@@ -194,7 +194,7 @@ def _probability_difference_jvp(primals, tangents):
 
 
 def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
-    """exp(d) - 1 - d for |d| below 1/2, 1/4 or 1/8, by its Taylor series to the dtype's last bits."""
+    """exp(d) - 1 - d for |d| below 1/2, 1/4 or 1/8, by its Taylor series."""
     last = {0.5: (9, 17), 0.25: (7, 14), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
     total = jnp.full_like(d, 1 / math.factorial(last))
     for n in range(last - 1, 1, -1):
@@ -280,20 +280,18 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
-    from_a, from_b = _seen_from(w, 1 - w, r), _seen_from(1 - w, w, -r)
-    # What a and b differ by cancels, so it is left out where it is most of the two logarithms.
-    near = from_a.is_small & from_b.is_small
-    to_a = jnp.where(near, from_a.less, from_a.log)
-    to_b = jnp.where(near, from_b.less, from_b.log)
-    # Weights last: of 1/2 they are exact, and neither side's product is rounded less in a sum.
-    return -(w * (jnp.exp(log_a) * to_a) + (1 - w) * (jnp.exp(log_b) * to_b))
+    of = _from_heavy(w, _finite(r))
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    heavy, light = jnp.where(of.a_is_heavy, a, b), jnp.where(of.a_is_heavy, b, a)
+    textbook = (1 - of.share) * heavy * of.over_heavy + of.share * light * of.over_light
+    return jnp.where(of.near, heavy * of.close, -textbook)
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)
 def _jensen_shannon_jvp(primals, tangents):
     log_a, log_b, w, r = primals
     a_dot, b_dot, w_dot, _ = tangents
-    _, over_a, over_b = _log_mixture(_FINITE, *primals)
+    _, over_a, over_b = _log_mixture(log_a, log_b, w, _finite(r))
     tangent = jnp.zeros_like(log_a)
     if not isinstance(a_dot, SymbolicZero):
         tangent += -w * jnp.exp(log_a) * over_a * a_dot
@@ -312,7 +310,7 @@ def term_skew_kl(log_a: Array, log_b: Array, weight: Array, log_ratio: Array) ->
 @jax.custom_jvp
 def _skew(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     a, seen = jnp.exp(log_a), _seen_from(w, 1 - w, r)
-    over_a = _beyond(seen.log, w, 1 - w, r)
+    over_a = jnp.where(w == 0, r, seen.log)  # only without a in it m may be nothing beside a
     direct = _excess(log_a, log_b, w, r) - _times(a, over_a)
     return jnp.where(seen.is_small, -a * seen.less, direct)
 
@@ -321,7 +319,7 @@ def _skew(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
 def _skew_jvp(primals, tangents):
     log_a, log_b, w, _ = primals
     a_dot, b_dot, w_dot, _ = tangents
-    (_, over_a, over_b), excess = _log_mixture(_EXACT, *primals), _excess(*primals)
+    (_, over_a, over_b), excess = _log_mixture(*primals), _excess(*primals)
     tangent = jnp.zeros_like(log_a)
     if not isinstance(a_dot, SymbolicZero):
         of_a = weigh(w, jnp.exp(-over_a))
@@ -342,7 +340,7 @@ def _excess(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
 
 @_excess.defjvp
 def _excess_jvp(primals, tangents):
-    plain = lambda a, b, w, r: jnp.exp(_log_mixture(_EXACT, a, b, w, r)[0]) - jnp.exp(a)  # noqa: E731
+    plain = lambda a, b, w, r: jnp.exp(_log_mixture(a, b, w, r)[0]) - jnp.exp(a)  # noqa: E731
     return _excess(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
@@ -355,7 +353,7 @@ def _part_of_b(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
 
 @_part_of_b.defjvp
 def _part_of_b_jvp(primals, tangents):
-    plain = lambda a, b, w, r: weigh(1 - w, jnp.exp(-_log_mixture(_EXACT, a, b, w, r)[2]))  # noqa: E731
+    plain = lambda a, b, w, r: weigh(1 - w, jnp.exp(-_log_mixture(a, b, w, r)[2]))  # noqa: E731
     return _part_of_b(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
@@ -398,19 +396,14 @@ def log_mixture(
     weight = jnp.asarray(weight, log_ratio.dtype)
     shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (log_a, log_b, weight, log_ratio)))
     log_a, log_b, log_ratio = (jnp.broadcast_to(x, shape) for x in (log_a, log_b, log_ratio))
-    return _log_mixture(_EXACT, log_a, log_b, weight, log_ratio)
+    return _log_mixture(log_a, log_b, weight, log_ratio)
 
 
-_EXACT, _FINITE = False, True  # cut off where one side has no mass beside the other
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _log_mixture(
-    finite: bool, log_a: Array, log_b: Array, w: Array, r: Array
-) -> tuple[Array, Array, Array]:
-    over_a, over_b = _seen_from(w, 1 - w, r).log, _seen_from(1 - w, w, -r).log
-    if not finite:
-        over_a, over_b = _beyond(over_a, w, 1 - w, r), _beyond(over_b, 1 - w, w, -r)
+@jax.custom_jvp
+def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
+    of = _from_heavy(w, r)
+    over_a = jnp.where(of.a_is_heavy, of.over_heavy, of.over_light)
+    over_b = jnp.where(of.a_is_heavy, of.over_light, of.over_heavy)
     # Stepping from the larger side never adds inf to -inf.
     from_b = r > 0
     log_m = jnp.where(from_b, log_b, log_a) + jnp.where(from_b, over_b, over_a)
@@ -418,10 +411,10 @@ def _log_mixture(
 
 
 @partial(_log_mixture.defjvp, symbolic_zeros=True)
-def _log_mixture_jvp(finite, primals, tangents):
+def _log_mixture_jvp(primals, tangents):
     log_a, log_b, w, _ = primals
     a_dot, b_dot, w_dot, _ = tangents  # the ratio is log b - log a: no fourth variable
-    log_m, over_a, over_b = _log_mixture(finite, *primals)
+    log_m, over_a, over_b = _log_mixture(*primals)
     m_dot, a_moves, b_moves = jnp.zeros_like(log_m), jnp.zeros_like(log_m), jnp.zeros_like(log_m)
     if not isinstance(a_dot, SymbolicZero):
         m_dot, a_moves = m_dot + weigh(w, jnp.exp(-over_a)) * a_dot, a_dot
@@ -430,6 +423,48 @@ def _log_mixture_jvp(finite, primals, tangents):
     if not isinstance(w_dot, SymbolicZero):
         m_dot += (jnp.exp(-over_a) - jnp.exp(-over_b)) * w_dot
     return (log_m, over_a, over_b), (m_dot, m_dot - a_moves, m_dot - b_moves)
+
+
+class _FromHeavy(NamedTuple):
+    """m = w a + (1 - w) b as the side of more weight sees it.
+
+    m / heavy = 1 + z for z = share · (light / heavy - 1), so that a small weight costs no accuracy
+    and one logarithm serves both sides.
+    """
+
+    a_is_heavy: Array  # of equal weights the more probable side is: their order is nothing
+    share: Array  # the weight of the light side, at most 1/2
+    over_heavy: Array  # log m - log heavy
+    over_light: Array  # log m - log light
+    near: Array  # whether both sides are close
+    close: Array  # the Jensen-Shannon term over heavy's probability where they are
+
+
+def _from_heavy(w: Array, r: Array) -> _FromHeavy:
+    a_is_heavy = (w > 0.5) | ((w == 0.5) & (r <= 0))
+    share, ratio = jnp.minimum(w, 1 - w), jnp.where(a_is_heavy, r, -r)
+    near = jnp.abs(ratio) < _SHORT_BOUND
+    small = jnp.where(near, ratio, 0)
+    excess = expm1_minus(small, _SHORT_BOUND)
+    light_over_heavy = jnp.exp(jnp.minimum(ratio, _overflow(r)))
+    z = share * jnp.where(near, small + excess, light_over_heavy - 1)
+    z_is_small = jnp.abs(z) < _SHORT_BOUND
+    small_z = jnp.where(z_is_small, z, 0)
+    less = log1p_minus(small_z, _SHORT_BOUND)
+    log1p_z = jnp.where(z_is_small, z + less, jnp.log(1 + z))
+
+    # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
+    digits = 37 if r.dtype == jnp.float64 else 17
+    bound = jnp.minimum(jnp.log1p(-share) - jnp.log(share) + digits, _overflow(r))
+    only_light = ratio > jnp.where(share == 0, jnp.inf, bound)
+    over_heavy = jnp.where(only_light, ratio + jnp.log(share), log1p_z)
+    over_light = jnp.where(only_light, jnp.log(share), log1p_z - ratio)
+
+    # With l = share it is l (x e^x - e^x + 1) less (1 + z) log(1 + z) - z for the ratio's log x:
+    # each of second order, the first the larger.
+    to_light = small * small + (small - 1) * excess
+    close = share * to_light - (small_z * small_z + (1 + small_z) * less)
+    return _FromHeavy(a_is_heavy, share, over_heavy, over_light, near, close)
 
 
 class _Seen(NamedTuple):
@@ -463,12 +498,6 @@ def _finite(log_ratio: Array) -> Array:
 
 def _overflow(x: Array) -> int:
     return 700 if x.dtype == jnp.float64 else 85
-
-
-def _beyond(over_a: Array, own: Array, other: Array, r: Array) -> Array:
-    """log m - log a, also where m is made of b alone: then r need not be finite."""
-    alone = (r > jnp.where(other == 0, jnp.inf, _overflow(r))) | (own == 0)
-    return jnp.where(alone, r + jnp.log(jnp.where(other == 0, 1, other)), over_a)
 
 
 def log1p_minus(z: Array, bound: float = 0.5) -> Array:
