@@ -524,3 +524,16 @@ def jensen_shannon_term_exact(
         m = w * a + (1 - w) * b
         from_b = (1 - w) * b * mpmath.log(b / m)
         return float(w * a * mpmath.log(a / m) + from_b), float(from_b)
+
+
+def skew_term_exact(
+    log_a: float, ratio: float, w: float, digits: int = 40
+) -> tuple[float, float, float]:
+    """Return a log(a/m) - a + m for b = a e^ratio, its derivative to log b, and that to log a."""
+    with mpmath.workdps(digits):
+        log_a, ratio, w = (mpmath.mpf(float(v)) for v in (log_a, ratio, w))
+        a, b = mpmath.exp(log_a), mpmath.exp(log_a + ratio)
+        m = w * a + (1 - w) * b
+        to_b = (1 - w) * b * (1 - a / m)
+        to_a = a * mpmath.log(a / m) + w * a * (1 - a / m)
+        return float(a * mpmath.log(a / m) - a + m), float(to_b), float(to_a)

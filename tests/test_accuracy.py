@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, named, tol
 
 import kljax
-from kljax._engine.terms import term_jensen_shannon
+from kljax._engine.terms import term_jensen_shannon, term_skew_kl
 
 NON_NEGATIVE = [
     "forward_kl",
@@ -72,6 +72,27 @@ def test_each_jensen_shannon_term(dtype, weight):
     want = [oracle.jensen_shannon_term_exact(-4.0, r, weight) for r in ratio]
     for values, exact in zip(got, np.transpose(want), strict=True):
         np.testing.assert_allclose(values, exact, rtol=32 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.usefixtures("x64")
+def test_each_skew_term(dtype, weight):
+    """Value and both slopes at any ratio of the two sides, also beyond what exp can hold."""
+    close, far = 10.0 ** np.arange(-9, -1), np.concatenate([np.arange(0.05, 3, 0.05), [8.0, 30.0]])
+    ratio = np.concatenate([-far, -close, close, far, [-200.0, 80.0]]).astype(dtype)
+    weight, log_b = dtype(weight), (ratio - 4.0).astype(dtype)
+    log_a = np.full_like(ratio, -4.0)
+
+    def term(log_a, log_b):
+        return term_skew_kl(log_a, log_b, weight, ratio)
+
+    ones, zeros = np.ones_like(ratio), np.zeros_like(ratio)
+    value, to_b = jax.jvp(term, (log_a, log_b), (zeros, ones))
+    to_a = jax.jvp(term, (log_a, log_b), (ones, zeros))[1]
+    want = np.transpose([oracle.skew_term_exact(-4.0, r, weight) for r in ratio])
+    for got, exact in zip((value, to_b, to_a), want, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=64 * np.finfo(dtype).eps, atol=1e-35)
 
 
 @pytest.mark.parametrize("name", NON_NEGATIVE)
