@@ -280,14 +280,14 @@ def _log_ratio(
     near = jnp.abs(shift) < states.NEAR_PEAKS
     a_below = a.logs - jnp.where(near, 0, a_peak)
     b_below = b.logs - jnp.where(near, 0, b_peak)
-    both_zero = jnp.isneginf(jnp.maximum(a.logs, b.logs))  # there any ratio serves that is a number
+    both_zero = jnp.isneginf(jnp.maximum(a.logs, b.logs))
     a_below, b_below = (jnp.where(both_zero, 0, below) for below in (a_below, b_below))
     difference = (a_below - b_below) - jnp.where(near, shift, 0)
     if temperature is not None:
         difference = states.scale(difference, 1 / temperature)
     if log_masses is None:
         log_masses = log_ratio_of_masses(a_mass, b_mass)
-    return difference - log_masses
+    return jnp.where(both_zero, 0, difference - log_masses)
 
 
 def log_ratio_of_masses(a: Array, b: Array) -> Array:

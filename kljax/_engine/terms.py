@@ -14,12 +14,9 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-# Below this |log q - log p| the direct form of a KL term rounds, for it subtracts probabilities
-# that were rounded apart: a series serves.
+# Below this |log q - log p| the direct forms of KL and Jensen-Shannon terms round, and below this
+# |z| that of log(1 + z): a series serves.
 _SERIES_BOUND = 0.5
-
-# The same of a mixture, which is made of the ratio of its parts alone, and of log(1 + z).
-_SHORT_BOUND = 0.25
 
 
 def log_difference(log_a: Array, log_b: Array) -> Array:
@@ -194,8 +191,8 @@ def _probability_difference_jvp(primals, tangents):
 
 
 def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
-    """exp(d) - 1 - d for |d| below 1/2, 1/4 or 1/8, by its Taylor series."""
-    last = {0.5: (9, 17), 0.25: (7, 14), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
+    """exp(d) - 1 - d for |d| below 1/2 or 1/8, by its Taylor series to the dtype's last bits."""
+    last = {0.5: (9, 17), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
     total = jnp.full_like(d, 1 / math.factorial(last))
     for n in range(last - 1, 1, -1):
         total = total * d + 1 / math.factorial(n)
@@ -443,14 +440,14 @@ class _FromHeavy(NamedTuple):
 def _from_heavy(w: Array, r: Array) -> _FromHeavy:
     a_is_heavy = (w > 0.5) | ((w == 0.5) & (r <= 0))
     share, ratio = jnp.minimum(w, 1 - w), jnp.where(a_is_heavy, r, -r)
-    near = jnp.abs(ratio) < _SHORT_BOUND
+    near = jnp.abs(ratio) < _SERIES_BOUND
     small = jnp.where(near, ratio, 0)
-    excess = expm1_minus(small, _SHORT_BOUND)
+    excess = expm1_minus(small)
     light_over_heavy = jnp.exp(jnp.minimum(ratio, _overflow(r)))
     z = share * jnp.where(near, small + excess, light_over_heavy - 1)
-    z_is_small = jnp.abs(z) < _SHORT_BOUND
+    z_is_small = jnp.abs(z) < _SERIES_BOUND
     small_z = jnp.where(z_is_small, z, 0)
-    less = log1p_minus(small_z, _SHORT_BOUND)
+    less = log1p_minus(small_z)
     log1p_z = jnp.where(z_is_small, z + less, jnp.log(1 + z))
 
     # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
@@ -480,12 +477,12 @@ class _Seen(NamedTuple):
 
 def _seen_from(own: Array, other: Array, r: Array) -> _Seen:
     """From r = log b - log a."""
-    near = jnp.abs(r) < _SHORT_BOUND
+    near = jnp.abs(r) < _SERIES_BOUND
     small, b_over_a = jnp.where(near, r, 0), jnp.exp(_finite(r))
-    z = other * jnp.where(near, small + expm1_minus(small, _SHORT_BOUND), b_over_a - 1)
-    is_small = jnp.abs(z) < _SHORT_BOUND
+    z = other * jnp.where(near, small + expm1_minus(small), b_over_a - 1)
+    is_small = jnp.abs(z) < _SERIES_BOUND
     small = jnp.where(is_small, z, 0)
-    less = log1p_minus(small, _SHORT_BOUND)
+    less = log1p_minus(small)
     m_over_a = own + other * b_over_a
     log = jnp.where(is_small, small + less, jnp.log(m_over_a))
     return _Seen(z, is_small, less, log, m_over_a, b_over_a)
@@ -500,14 +497,14 @@ def _overflow(x: Array) -> int:
     return 700 if x.dtype == jnp.float64 else 85
 
 
-def log1p_minus(z: Array, bound: float = 0.5) -> Array:
-    """log(1 + z) - z for |z| below 1/2 or 1/4, to the last bit of the dtype.
+def log1p_minus(z: Array) -> Array:
+    """log(1 + z) - z for |z| < 1/2, to the last bit of the dtype.
 
     From the series of log(1 + z) = 2 artanh(s) with s = z / (2 + z), for which 2 s - z = -s z.
     """
-    last = {0.5: (13, 31), 0.25: (9, 21)}[bound][z.dtype == jnp.float64]
     s = z / (2 + z)
     square = s * s
+    last = 31 if z.dtype == jnp.float64 else 13
     total = jnp.full_like(z, 2 / last)
     for n in range(last - 2, 1, -2):
         total = total * square + 2 / n

@@ -35,8 +35,8 @@ OPERATIONS = {
     "forward KL": 75,
     "forward KL, value": 80,
     "reverse KL": 105,
-    "Jensen-Shannon": 180,
-    "skew forward KL": 150,
+    "Jensen-Shannon": 200,
+    "skew forward KL": 165,
 }
 
 
