@@ -28,18 +28,18 @@ TARGETS = ("v5e", "v6e", "tpu7x", "H100", "H200")
 
 
 class Program(NamedTuple):
-    """A loss `(student, *others) -> scalar`, and the shapes of its arguments."""
+    """A loss `(student, *others) -> scalar`, the shapes of its arguments, and which move."""
 
     loss: Callable[..., Any]
     arguments: Any
-    gradient: bool = True
+    moving: tuple[int, ...] = (0,)
     has_aux: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:
-        if not self.gradient:
+        if not self.moving:
             return self.loss
-        return jax.value_and_grad(self.loss, has_aux=self.has_aux)
+        return jax.value_and_grad(self.loss, self.moving, has_aux=self.has_aux)
 
 
 def programs(tokens: int = TOKENS, vocab: int = VOCAB) -> dict[str, dict[str, Program]]:
@@ -83,9 +83,13 @@ def programs(tokens: int = TOKENS, vocab: int = VOCAB) -> dict[str, dict[str, Pr
     def weighted(s: Any, t: Any, weights: Any) -> Any:
         return kljax.forward_kl(s, t, weights=weights, reduction="mean")
 
+    def tempered(s: Any, t: Any, temperature: Any) -> Any:
+        return kljax.forward_kl(s, t, temperature=temperature, reduction="mean")
+
     def masked(s: Any, t: Any, where: Any) -> Any:
         return kljax.forward_kl(s, t, where=where, reduction="mean")
 
+    number = jax.ShapeDtypeStruct((), jnp.float32)
     exist = jax.ShapeDtypeStruct((vocab,), jnp.bool_)
     top_k = Case("top-k", "forward_kl", "bfloat16", tokens, vocab, k=K)
     given = structs(top_k)
@@ -95,17 +99,21 @@ def programs(tokens: int = TOKENS, vocab: int = VOCAB) -> dict[str, dict[str, Pr
         for who, make in makers.items()
     }
     one = lambda loss, *more: {"kljax": Program(loss, (*two, *more))}  # noqa: E731
-    value = lambda found: {k: p._replace(gradient=False) for k, p in found.items()}  # noqa: E731
+    value = lambda found: {k: p._replace(moving=()) for k, p in found.items()}  # noqa: E731
     forward = one(mean("forward_kl")) | peers("forward_kl")
     return {
         "forward KL": forward,
         "forward KL, value": value(forward),
         "forward KL, weights": one(weighted, each),
         "forward KL, T = 2": one(mean("forward_kl", temperature=2.0)),
+        "forward KL, T learned": {"kljax": Program(tempered, (*two, number), (0, 2))},
         "forward KL, where": one(masked, exist),
         "reverse KL": one(mean("reverse_kl")) | peers("reverse_kl"),
         "Jeffreys": one(mean("jeffreys")),
         "Jensen-Shannon": one(mean("jensen_shannon")) | peers("jensen_shannon"),
+        "Jensen-Shannon, both sides": {
+            "kljax": Program(mean("jensen_shannon"), two, (0, 1)),
+        },
         "skew forward KL": one(mean("skew_forward_kl")),
         "integer labels": {
             "kljax": Program(

@@ -25,7 +25,7 @@ from jax import Array
 from numpy import ndarray
 
 import kljax
-from kljax import _pipeline, _reading
+from kljax import _reading
 from kljax._engine import blocks, paths
 from kljax._engine.pairs import PairState
 
@@ -113,9 +113,7 @@ def blocks_of(divergence: Any, *sides: Any, platform: str) -> blocks.Blocks:
 
     def ask(*sides: Any) -> None:
         inputs = _reading.read(asked.name, dict(zip(asked.arguments, sides, strict=True)))
-        waits = _pipeline.choose_term(asked, inputs).sums_slopes(inputs.sides)
-        chosen = paths.choose(asked.name, None, inputs.layout, inputs.sides, sums_slopes=waits)
-        found.append(chosen.on(platform))
+        found.append(paths.choose(asked.name, None, inputs.layout, inputs.sides).on(platform))
 
     jax.eval_shape(ask, *sides)
     return found[0]

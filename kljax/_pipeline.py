@@ -71,7 +71,6 @@ def _evaluate(
         inputs.layout,
         inputs.sides,
         capturing=not formula.cached,
-        sums_slopes=formula.sums_slopes(inputs.sides),
     )
     run = _run_jitted if formula.cached else _run
     return run(formula, path, inputs, weighting, as_arrays(params))

@@ -159,7 +159,6 @@ def distillation_loss(
         layout,
         inputs.sides,
         capturing=not pure,
-        sums_slopes=formula.sums_slopes(inputs.sides),
     )
     if labels is not None:
         inputs = inputs.also("labels", _say_labels(labels, inputs, label_smoothing))

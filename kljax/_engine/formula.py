@@ -35,10 +35,6 @@ class Formula(NamedTuple):
             return self._replace(term=self.normalized, normalized=None)
         return self._replace(normalized=None, directions=None)
 
-    def sums_slopes(self, sides: tuple[Classed, ...]) -> bool:
-        """Whether a derivative waits for the sum of its slopes, beside the values."""
-        return not (self.directions or (self.cross_entropy and sides[1].is_one_class))
-
 
 @partial(
     jax.tree_util.register_dataclass,

@@ -92,7 +92,7 @@ def _if_classes_exist(seen: View, total: Array) -> Array:
 @partial(_values.defjvp, symbolic_zeros=True)
 def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Array]:
     (loss,), (dots,) = primals, tangents
-    classes, to_temperature = loss.classes, _moves(dots.temperature)
+    to_temperature = _moves(dots.temperature)
     moving = [any(map(_moves, jax.tree.leaves(dot))) for dot in dots.sides]
     asked = tuple(
         i
@@ -100,26 +100,23 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
         if moving[i] or (to_temperature and side.normalizes(loss.temperature))
     )
     known = _known(replace(loss, factor=None), asked)
-    seen, values = loss.view(_after(known, loss, asked)), known.values
-    counted = classes.only(_counted(loss, values))
-    values_dot = _along_params(loss, seen, dots.params, counted, jnp.zeros_like(values))
-    for i in asked:
-        side, there = seen.sides[i], counted
-        if loss.sums_to_a_number(i):  # nor does whether the slopes are numbers wait for the values
-            there = classes.only(_counted(loss, _log_masses(loss, seen)))
-        slope = there.present(_centred(loss, seen, known, i))
-        if side.softmax and loss.temperature is not None:
-            slope = slope / loss.temperature
-            if to_temperature:
-                along = _masked_product(slope, side.softmax.scores) * dots.temperature
-                values_dot -= classes.sum(along)
+    rows, values = _after(known, loss, asked), known.values
+    seen, values_dot = loss.view(rows), jnp.zeros_like(values)
+    for i, given in enumerate(loss.sides):
         if moving[i]:
-            (x_dot,) = jax.tree.leaves(dots.sides[i])
-            given = loss.sides[i]
-            slope = given.slope(slope)
-            if i == 1 and loss.formula.cross_entropy and side.probs is not None:
+            there = _there(loss, seen, known, i)
+            slope = given.slope(_to_logs(loss, seen, known, i))
+            if i == 1 and loss.formula.cross_entropy and seen.sides[i].probs is not None:
                 slope = there.present(_linear_slope(loss, seen, i, slope))
-            values_dot += classes.sum(given.along(slope, _cleared(there, x_dot)))
+            (x_dot,) = jax.tree.leaves(dots.sides[i])
+            values_dot += loss.classes.sum(given.along(slope, _cleared(there, x_dot)))
+    if any(map(_moves, jax.tree.leaves(dots.params))):
+        rows = _apart(rows, values)
+        values_dot += _along_params(loss, loss.view(rows), dots.params, values)
+    if to_temperature:
+        rows = _apart(rows, values)
+        slope = _to_temperature(loss, loss.view(rows), known, asked)
+        values_dot += loss.classes.sum(slope * dots.temperature)
 
     if loss.factor is None:
         return values, values_dot
@@ -186,8 +183,10 @@ def _one_by_one(loss: Loss, asked: tuple[int, ...], refined: bool) -> _Known:
     seen, directions = loss.view(given), loss.formula.directions or ()
     one_way = directions and not (refined or all(directions))
     to_sum = [i for i in asked if not (one_way or loss.is_to_labels(i))]
-    slopes = (loss.classes.present(_slope(loss, seen, i)) for i in to_sum)
-    values, *found = loss.classes.sums(loss.contributions(seen), *slopes)
+    slope = lambda seen, i: loss.classes.present(_slope(loss, seen, i))  # noqa: E731
+    first, rest = (to_sum, []) if loss.classes.names else (to_sum[:1], to_sum[1:])
+    values, *found = loss.classes.sums(loss.contributions(seen), *(slope(seen, i) for i in first))
+    found += [loss.classes.sum(slope(loss.view(_apart(given, values)), i)) for i in rest]
     values, totals = _if_classes_exist(seen, values), dict(zip(to_sum, found, strict=True))
     for i in asked:
         if loss.is_to_labels(i):
@@ -249,6 +248,36 @@ def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
     waits = not all(map(loss.sums_to_a_number, asked))
     return lax.platform_dependent(
         known, cpu=at_once, tpu=later if waits else at_once, default=later
+    )
+
+
+def _apart(given: Rows, done: Array) -> Rows:
+    """The same for one more pass: what that shares with others NVIDIA's compiler would store."""
+    at_once = lambda given, _: given  # noqa: E731
+    later = lambda given, done: lax.optimization_barrier((given, done))[0]  # noqa: E731
+    return lax.platform_dependent(given, done, cpu=at_once, tpu=at_once, default=later)
+
+
+def _to_temperature(loss: Loss, seen: View, known: _Known, asked: tuple[int, ...]) -> Array:
+    """The derivative to T, class by class: through every softmax."""
+    scores = {i: of.scores for i in asked if (of := seen.sides[i].softmax)}
+    slopes = (_masked_product(_to_logs(loss, seen, known, i), of) for i, of in scores.items())
+    return -sum(slopes, jnp.zeros_like(seen.log_ratio))
+
+
+def _there(loss: Loss, seen: View, known: _Known, i: int) -> Classes:
+    """The classes whose slopes to side i count."""
+    waits = not loss.sums_to_a_number(i)  # nor do such slopes, to tell whether they are numbers
+    return loss.classes.only(_counted(loss, known.values if waits else _log_masses(loss, seen)))
+
+
+def _to_logs(loss: Loss, seen: View, known: _Known, i: int) -> Array:
+    """The derivative to the logarithms given, where they count."""
+    slope = _there(loss, seen, known, i).present(_centred(loss, seen, known, i))
+    return (
+        slope / loss.temperature
+        if seen.sides[i].softmax and loss.temperature is not None
+        else slope
     )
 
 
@@ -318,12 +347,11 @@ def _linear_slope(loss: Loss, seen: View, i: int, slope: Array) -> Array:
     return jnp.where(seen.sides[i].probs == 0, at_zero, slope)
 
 
-def _along_params(loss: Loss, seen: View, dots: Any, there: Classes, none: Array) -> Array:
+def _along_params(loss: Loss, seen: View, dots: Any, values: Array) -> Array:
     """The derivative along the term's own parameters, for those that move."""
     leaves, tree = jax.tree.flatten(loss.params)
     moving = [i for i, dot in enumerate(tree.flatten_up_to(dots)) if _moves(dot)]
-    if not moving:
-        return none
+    there = loss.classes.only(_counted(loss, values))
 
     # Masked before the term: 0 · NaN in its transpose would be NaN.
     hidden = tuple(there.present(x, ABSENT) for x in seen.log_probs)

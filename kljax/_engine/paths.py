@@ -61,8 +61,6 @@ _CPU_HEAD = _Budget(1 / 16, _MIB // 4, 32 * _MIB, 4 * _MIB, least_rows=128)
 _ELSEWHERE_HEAD = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
 # A TPU sets entries of a flat copy, which in a block of this size stays beside the processor.
 _TPU_TOP_K = _Budget(1, 64 * _MIB, 128 * _MIB, 128 * _MIB)
-# What such sums share NVIDIA's compiler stores.
-_GPU_SUMS = _Budget(1, 64 * _MIB, 64 * _MIB, 128 * _MIB)
 # Asked for by name, where arrays would go at once.
 _CPU_CHUNKED = _CPU._replace(at_once=_MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)
@@ -113,13 +111,11 @@ def choose(
     sides: tuple[Classed, ...],
     *,
     capturing: bool = False,
-    sums_slopes: bool = False,
 ) -> Path:
     """How to run. A named implementation runs or raises; None leaves the choice here.
 
     Args:
         capturing: A term captures values, which may be of the batch's size.
-        sums_slopes: Derivatives wait for a sum over the classes beside the values.
     """
     batch, classes = layout.batch, math.prod(layout.classes)
     only_whole = _only_whole(layout, sides)
@@ -135,7 +131,7 @@ def choose(
         return all_at_once(batch)
     if implementation is None and capturing and not makes_classes:
         return all_at_once(batch)
-    cpu, tpu, gpu = _CPU, None, _GPU_SUMS if sums_slopes else None
+    cpu, tpu, gpu = _CPU, None, None
     if implementation == "chunked":
         cpu, tpu, gpu = _CPU_CHUNKED, _ELSEWHERE_CHUNKED, _ELSEWHERE_CHUNKED
     if any(side.has_kernel for side in sides):
