@@ -186,7 +186,9 @@ def _one_by_one(loss: Loss, asked: tuple[int, ...], refined: bool) -> _Known:
     slope = lambda seen, i: loss.classes.present(_slope(loss, seen, i))  # noqa: E731
     first, rest = (to_sum, []) if loss.classes.names else (to_sum[:1], to_sum[1:])
     values, *found = loss.classes.sums(loss.contributions(seen), *(slope(seen, i) for i in first))
-    found += [loss.classes.sum(slope(loss.view(_apart(given, values)), i)) for i in rest]
+    for i in rest:
+        apart = loss.view(_apart(given, values, but_on=("cpu", "tpu")))
+        found.append(loss.classes.sum(slope(apart, i)))
     values, totals = _if_classes_exist(seen, values), dict(zip(to_sum, found, strict=True))
     for i in asked:
         if loss.is_to_labels(i):
@@ -251,11 +253,11 @@ def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
     )
 
 
-def _apart(given: Rows, done: Array) -> Rows:
-    """The same for one more pass: what that shares with others NVIDIA's compiler would store."""
-    at_once = lambda given, _: given  # noqa: E731
+def _apart(given: Rows, done: Array, but_on: tuple[str, ...] = ("cpu",)) -> Rows:
+    """The same for one more pass: what it shares with those before, compilers would store."""
     later = lambda given, done: lax.optimization_barrier((given, done))[0]  # noqa: E731
-    return lax.platform_dependent(given, done, cpu=at_once, tpu=at_once, default=later)
+    at_once = dict.fromkeys(but_on, lambda given, _: given)
+    return lax.platform_dependent(given, done, default=later, **at_once)
 
 
 def _to_temperature(loss: Loss, seen: View, known: _Known, asked: tuple[int, ...]) -> Array:
