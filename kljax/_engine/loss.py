@@ -100,7 +100,7 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
         if moving[i] or (to_temperature and side.normalizes(loss.temperature))
     )
     known = _known(replace(loss, factor=None), asked)
-    rows, values = _after(known, loss, asked), known.values
+    (loss, rows), values = _after(known, loss, asked), known.values
     seen, values_dot = loss.view(rows), jnp.zeros_like(values)
     for i, given in enumerate(loss.sides):
         if moving[i]:
@@ -111,10 +111,10 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
             (x_dot,) = jax.tree.leaves(dots.sides[i])
             values_dot += loss.classes.sum(given.along(slope, _cleared(there, x_dot)))
     if any(map(_moves, jax.tree.leaves(dots.params))):
-        rows = _apart(rows, values)
+        loss, rows = _apart(loss, rows, values)
         values_dot += _along_params(loss, loss.view(rows), dots.params, values)
     if to_temperature:
-        rows = _apart(rows, values)
+        loss, rows = _apart(loss, rows, values)
         slope = _to_temperature(loss, loss.view(rows), known, asked)
         values_dot += loss.classes.sum(slope * dots.temperature)
 
@@ -187,8 +187,8 @@ def _one_by_one(loss: Loss, asked: tuple[int, ...], refined: bool) -> _Known:
     first, rest = (to_sum, []) if loss.classes.names else (to_sum[:1], to_sum[1:])
     values, *found = loss.classes.sums(loss.contributions(seen), *(slope(seen, i) for i in first))
     for i in rest:
-        apart = loss.view(_apart(given, values, but_on=("cpu", "tpu")))
-        found.append(loss.classes.sum(slope(apart, i)))
+        later, states = _apart(loss, given, values, but_on=("cpu", "tpu"))
+        found.append(loss.classes.sum(slope(later.view(states), i)))
     values, totals = _if_classes_exist(seen, values), dict(zip(to_sum, found, strict=True))
     for i in asked:
         if loss.is_to_labels(i):
@@ -238,26 +238,29 @@ _ONE_WAY = (
 )
 
 
-def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> Rows:
-    """The rows' states, for derivatives in a pass of their own.
-
-    Else compilers for accelerators store in float32 what it shares with the pass before.
-    """
+def _after(known: _Known, loss: Loss, asked: tuple[int, ...]) -> tuple[Loss, Rows]:
+    """The loss, and the rows' states, as the pass of the derivatives sees them."""
     if loss.rows is None and all(map(loss.is_to_labels, asked)):
-        return known.rows
-    later = lambda known: lax.optimization_barrier(known).rows  # noqa: E731
-    at_once = lambda known: known.rows  # noqa: E731
+        return loss, known.rows
     waits = not all(map(loss.sums_to_a_number, asked))
-    return lax.platform_dependent(
-        known, cpu=at_once, tpu=later if waits else at_once, default=later
-    )
+    return _apart(loss, known.rows, known, but_on=("cpu",) if waits else ("cpu", "tpu"))
 
 
-def _apart(given: Rows, done: Array, but_on: tuple[str, ...] = ("cpu",)) -> Rows:
-    """The same for one more pass: what it shares with those before, compilers would store."""
-    later = lambda given, done: lax.optimization_barrier((given, done))[0]  # noqa: E731
-    at_once = dict.fromkeys(but_on, lambda given, _: given)
-    return lax.platform_dependent(given, done, default=later, **at_once)
+def _apart(
+    loss: Loss, rows: Rows, done: Any, but_on: tuple[str, ...] = ("cpu",)
+) -> tuple[Loss, Rows]:
+    """The same for a pass of its own, when others are done.
+
+    What it shares with those, rows' states or what is made of probabilities that were given,
+    compilers for accelerators would store in float32.
+    """
+    ours = lambda side: side.array is None or side.normalizes(loss.temperature)  # noqa: E731
+    given = [None if ours(side) else side for side in loss.sides]
+    later = lambda seen, done: lax.optimization_barrier((seen, done))[0]  # noqa: E731
+    at_once = dict.fromkeys(but_on, lambda seen, _: seen)
+    rows, given = lax.platform_dependent((rows, given), done, default=later, **at_once)
+    sides = tuple(new or old for new, old in zip(given, loss.sides, strict=True))
+    return replace(loss, sides=sides), rows
 
 
 def _to_temperature(loss: Loss, seen: View, known: _Known, asked: tuple[int, ...]) -> Array:

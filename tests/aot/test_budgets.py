@@ -23,6 +23,7 @@ BUDGETS = {  # L moved on TPU, on NVIDIA
     "forward KL, T = 2": (5.02, 5.2),
     "forward KL, T learned": (7.02, 5.2),
     "forward KL, where": (5.02, 5.2),
+    "forward KL, targets float32 Probs": (8.02, 8.2),
     "reverse KL": (5.02, 5.2),
     "Jeffreys": (5.02, 5.2),
     "Jensen-Shannon": (7.02, 7.2),
