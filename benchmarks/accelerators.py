@@ -89,7 +89,7 @@ def programs(tokens: int = TOKENS, vocab: int = VOCAB) -> dict[str, dict[str, Pr
     def masked(s: Any, t: Any, where: Any) -> Any:
         return kljax.forward_kl(s, t, where=where, reduction="mean")
 
-    def given(s: Any, probs: Any) -> Any:
+    def to_probs(s: Any, probs: Any) -> Any:
         return kljax.forward_kl(s, kljax.Probs(probs), reduction="mean")
 
     probs = jax.ShapeDtypeStruct((tokens, vocab), jnp.float32)
@@ -112,7 +112,7 @@ def programs(tokens: int = TOKENS, vocab: int = VOCAB) -> dict[str, dict[str, Pr
         "forward KL, T = 2": one(mean("forward_kl", temperature=2.0)),
         "forward KL, T learned": {"kljax": Program(tempered, (*two, number), (0, 2))},
         "forward KL, where": one(masked, exist),
-        "forward KL, targets float32 Probs": {"kljax": Program(given, (logits, probs))},
+        "forward KL, targets float32 Probs": {"kljax": Program(to_probs, (logits, probs))},
         "reverse KL": one(mean("reverse_kl")) | peers("reverse_kl"),
         "Jeffreys": one(mean("jeffreys")),
         "Jensen-Shannon": one(mean("jensen_shannon")) | peers("jensen_shannon"),
