@@ -13,6 +13,7 @@ from jax import lax
 
 import kljax
 from kljax._engine import lowering
+from kljax._engine.classes import Classes
 from kljax._engine.states import RowState, empty, merge, row_state
 
 INF, NAN = np.inf, np.nan
@@ -107,3 +108,18 @@ def test_the_accelerators_choices_give_the_same(rng, name, temperature):
         assert_close(got, np.array([*each, 0 * x[2]]) * weights[:, None])
     second = jax.jit(jax.hessian(partial(getattr(kljax, name), **options)))(x[1], y[1])
     assert_close(second, oracle.hessian(name, *np.float64((x[1], y[1])), **options))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_of_one_pass(on_accelerator, x64, dtype, count):
+    """However they are made, what is not a number in one sum is nothing to the others."""
+    rng = np.random.default_rng(count)
+    arrays = rng.normal(size=(count, 4, 301)).astype(dtype)
+    for row, odd in enumerate([NAN, INF, -INF]):
+        arrays[(row + 1) % count, row, 7] = odd
+    found = jax.jit(Classes(None, (1,)).sums)(*arrays)
+    assert [x.dtype for x in found] == [dtype] * count
+    want = arrays.astype(np.float64).sum(-1)
+    rounding = 300 * np.finfo(dtype).eps
+    np.testing.assert_allclose(found, want, rtol=rounding, atol=rounding)
