@@ -110,6 +110,30 @@ def test_the_accelerators_choices_give_the_same(rng, name, temperature):
     assert_close(second, oracle.hessian(name, *np.float64((x[1], y[1])), **options))
 
 
+@pytest.mark.slow(but=("cuda-jensen_shannon",))
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "skew_reverse_kl"])
+@pytest.mark.usefixtures("on_accelerator")
+def test_numbers_learned_on_accelerators(rng, name):
+    """A temperature and a parameter have passes of their own there, and move with both sides."""
+    x, y = (np.float32(rng.normal(size=(4, 24))) * 3 for _ in range(2))
+    parameter = {"jensen_shannon": "beta", "skew_reverse_kl": "alpha"}.get(name)
+    options = {"temperature": 1.5} | ({parameter: 0.3} if parameter else {})
+
+    def f(x, y, options):
+        return getattr(kljax, name)(x, y, **options).sum()
+
+    _, _, found = jax.jit(jax.grad(f, (0, 1, 2)))(x, y, options)
+    alone = jax.jit(jax.grad(f, 2))(x, y, options)
+
+    def at(option, value):
+        return oracle.divergence(name, *np.float64((x, y)), **options | {option: value}).sum()
+
+    for option, value in options.items():
+        want = oracle.derivative(partial(at, option), value)
+        assert_close(found[option], want)
+        assert_close(alone[option], want)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sums_of_one_pass(on_accelerator, x64, dtype, count):
