@@ -105,7 +105,7 @@ def _values_jvp(primals: tuple[Loss], tangents: tuple[Any]) -> tuple[Array, Arra
     for i, given in enumerate(loss.sides):
         if moving[i]:
             there = _there(loss, seen, known, i)
-            slope = given.slope(_to_logs(loss, seen, known, i))
+            slope = given.slope(_to_logs(loss, seen, known, there, i))
             if i == 1 and loss.formula.cross_entropy and seen.sides[i].probs is not None:
                 slope = there.present(_linear_slope(loss, seen, i, slope))
             (x_dot,) = jax.tree.leaves(dots.sides[i])
@@ -265,9 +265,12 @@ def _apart(
 
 def _to_temperature(loss: Loss, seen: View, known: _Known, asked: tuple[int, ...]) -> Array:
     """The derivative to T, class by class: through every softmax."""
-    scores = {i: of.scores for i in asked if (of := seen.sides[i].softmax)}
-    slopes = (_masked_product(_to_logs(loss, seen, known, i), of) for i, of in scores.items())
-    return -sum(slopes, jnp.zeros_like(seen.log_ratio))
+    total = jnp.zeros_like(seen.log_ratio)
+    for i in asked:
+        if softmax := seen.sides[i].softmax:
+            slope = _to_logs(loss, seen, known, _there(loss, seen, known, i), i)
+            total -= _masked_product(slope, softmax.scores)
+    return total
 
 
 def _there(loss: Loss, seen: View, known: _Known, i: int) -> Classes:
@@ -276,14 +279,12 @@ def _there(loss: Loss, seen: View, known: _Known, i: int) -> Classes:
     return loss.classes.only(_counted(loss, known.values if waits else _log_masses(loss, seen)))
 
 
-def _to_logs(loss: Loss, seen: View, known: _Known, i: int) -> Array:
+def _to_logs(loss: Loss, seen: View, known: _Known, there: Classes, i: int) -> Array:
     """The derivative to the logarithms given, where they count."""
-    slope = _there(loss, seen, known, i).present(_centred(loss, seen, known, i))
-    return (
-        slope / loss.temperature
-        if seen.sides[i].softmax and loss.temperature is not None
-        else slope
-    )
+    slope = there.present(_centred(loss, seen, known, i))
+    if seen.sides[i].softmax and loss.temperature is not None:
+        return slope / loss.temperature
+    return slope
 
 
 def _centred(loss: Loss, seen: View, known: _Known, i: int) -> Array:
