@@ -79,7 +79,7 @@ def test_the_plain_formula_takes_more(target):
     """What is counted is there to be seen."""
     program = accelerators.programs()["forward KL"]["plain formula"]
     counts, _ = compiled(program.function, *targets.on_one(target, program.arguments))
-    assert counts.bytes / SIZE > 8.9
+    assert counts.bytes / SIZE > (8 if target == "H100" else 8.9)
 
 
 HEAD_TEMPORARIES = 4.6  # GiB; libtpu 0.0.52 takes 3.4, 0.0.50 takes 4.4
