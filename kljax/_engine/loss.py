@@ -256,10 +256,11 @@ def _apart(
     """
     ours = lambda side: side.array is None or side.normalizes(loss.temperature)  # noqa: E731
     given = [None if ours(side) else side for side in loss.sides]
-    later = lambda seen, done: lax.optimization_barrier((seen, done))[0]  # noqa: E731
+    wait = lambda seen, done: lax.optimization_barrier((seen, done))[0]  # noqa: E731
     at_once = dict.fromkeys(but_on, lambda seen, _: seen)
-    rows, given = lax.platform_dependent((rows, given), done, default=later, **at_once)
-    sides = tuple(new or old for new, old in zip(given, loss.sides, strict=True))
+    rows, given = lax.platform_dependent((rows, given), done, default=wait, **at_once)
+    pairs = zip(loss.sides, given, strict=True)
+    sides = tuple(side if later is None else later for side, later in pairs)
     return replace(loss, sides=sides), rows
 
 
