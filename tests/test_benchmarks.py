@@ -26,6 +26,8 @@ from benchmarks import (
 )
 from benchmarks.cases import DIVERGENCES, KINDS, Case, Rates, floor, inputs
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TINY = shapes.Shape("tiny", 24, 5, 7, "float32")
 LIMITS = runner.Limits(seconds=0.01, repeats=3, memory=2**40)
 

@@ -48,7 +48,7 @@ def side(rng, kind="logits", shape=(N, V), axis=-1):
 # --- value and gradient ---
 
 
-@pytest.mark.slow(but=["forward_kl", "jensen_shannon"])
+@pytest.mark.slow(but=["forward_kl"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_divergence(rng, name):
     """Mask, traced temperature and share, weights over NaN, an uneven cotangent: as the oracle."""
@@ -162,6 +162,7 @@ def test_labels(rng):
         assert_close(gradient, slope / WEIGHTS.sum())
 
 
+@pytest.mark.slow
 def test_reductions_and_what_follows_them(rng):
     """Every reduction, and a loss that is scaled or averaged afterwards."""
     x, y = side(rng), side(rng)
@@ -404,6 +405,7 @@ def temporary_bytes(f, *args):
     return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("step", STEPS)
 def test_temporary_memory(step, dtype):
@@ -417,6 +419,7 @@ def test_temporary_memory(step, dtype):
     assert temporary_bytes(STEPS[step](kljax.forward_kl), x, x) < limit
 
 
+@pytest.mark.usefixtures("optimized")
 def test_temporary_memory_of_a_value():
     """Of whole arrays the terms are stored, and not the scores of each side besides."""
     x = jax.ShapeDtypeStruct((1024, 4096), np.float32)
@@ -426,6 +429,7 @@ def test_temporary_memory_of_a_value():
         assert needed < limit * 4 * math.prod(x.shape)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("implementation", ["chunked", "rows"])
 def test_temporary_memory_of_a_named_implementation(implementation):
     """It runs as it is told; so do the whole arrays at once, which take more."""

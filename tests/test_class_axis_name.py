@@ -272,6 +272,7 @@ def test_a_kernel_spread_over_its_vocabulary(rng, case, blocks):
     alike(jax.jit(partial(derivatives, sharded))(), jax.jit(partial(derivatives, loss))())
 
 
+@pytest.mark.slow(but=["bucket"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize_both", "truncate"])
 def test_top_k_numbers_the_whole_vocabulary(rng, tail):
     """The same classes, masses and losses as on one device; equality is exactly 0."""

@@ -19,6 +19,8 @@ from helpers import assert_close
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 for needed in ("flax", "grain", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 ocp = pytest.importorskip("orbax.checkpoint")
@@ -54,7 +56,7 @@ def one_device(example, args, student, teacher, tokens):
     return jnp.mean(args.soft_weight * soft + args.hard_weight * hard)
 
 
-@pytest.mark.slow(but=("fsdp-mesh0", "vocabulary-mesh0"))
+@pytest.mark.slow(but=["vocabulary-mesh0"])
 @pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (1, 1)])
 @pytest.mark.parametrize("shard", ["fsdp", "vocabulary"])
 def test_layouts_agree_with_one_device(example, rng, shard, mesh):

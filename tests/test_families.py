@@ -132,6 +132,7 @@ def values_of(p, q):
     return found
 
 
+@pytest.mark.slow(but=sorted(PAIRS.keys() - {"Beta", "Gamma"}))  # as Dirichlet is
 @pytest.mark.parametrize("name", PAIRS)
 def test_values(name):
     """And exactly 0 at equality, with a gradient of 0; but a uniform one's support moves."""

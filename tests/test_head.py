@@ -75,7 +75,7 @@ def assert_gradients(got, f, a, dtype=np.float32):
 # --- value and gradient ---
 
 
-@pytest.mark.slow(but=["forward_kl", "jensen_shannon"])
+@pytest.mark.slow(but=["jensen_shannon"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_divergence_with_every_option(rng, name):
     """Bias, softcap, scale, mask, traced temperature, weights, blocks; gradients to all of it."""
@@ -285,6 +285,7 @@ def test_a_bias_of_minus_infinity_removes_its_class(rng):
 # --- accuracy ---
 
 
+@pytest.mark.slow(but=["0.001"])
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_a_vocabulary_of_257(rng, size):
     """One class more than a power of two: a class too many shows where logits are small."""
@@ -483,6 +484,7 @@ def test_only_what_is_asked_for_is_multiplied():
     assert asked(jax.grad(loss, 1), student, teacher) == [False, False, True]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_logits_in_memory():
     """Value and gradients to both heads need far less than one array of logits."""
     n, h, v = 512, 16, 8192

@@ -9,6 +9,8 @@ import pytest
 from helpers import assert_close
 from scipy.special import logsumexp, rel_entr
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -57,7 +57,7 @@ def log_mixed(logits, share):
     return jnp.logaddexp(jnp.log1p(-share) + jax.nn.log_softmax(logits), uniform)
 
 
-@pytest.mark.slow(but=["2.0-blocks"])
+@pytest.mark.slow(but=["2.0-whole"])
 @pytest.mark.parametrize("implementation", [None, kljax.Chunked(rows=4)], ids=["whole", "blocks"])
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_one_file_is_enough(rng, implementation, temperature):

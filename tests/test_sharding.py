@@ -51,6 +51,7 @@ def test_value_and_gradient_on_a_mesh(rng, case, axis_type):
     assert gradient.sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.slow(but=["Explicit"])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
 def test_few_classes_on_a_mesh(rng, axis_type):
     """A teacher's best classes and samples, of logits and of a head, are those of one device."""

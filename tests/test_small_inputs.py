@@ -392,10 +392,8 @@ def test_a_temperature_per_example(rng, name, implementation):
     got = jax.jit(jax.value_and_grad(lambda *a: f(*a, weights, implementation), wrt))(
         x, y, temperature
     )
-    one_by_one = [
-        jax.value_and_grad(lambda *a, n=n: f(*a, weights[n]), wrt)(x[n], y[n], temperature[n])
-        for n in range(5)
-    ]
+    one = jax.jit(jax.value_and_grad(f, wrt))
+    one_by_one = [one(x[n], y[n], temperature[n], weights[n]) for n in range(5)]
     assert_close(got[0], sum(value for value, _ in one_by_one))
     for i, gradient in enumerate(got[1]):
         assert_close(gradient, np.stack([gradients[i] for _, gradients in one_by_one]))

@@ -159,6 +159,7 @@ def test_sampled_targets(rng):
         kljax.sample_targets(key, teacher, 0)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_sampling_takes_the_memory_of_few_arrays():
     """The noise of one draw at a time, not of all: a few arrays of the logits' size, not n."""
     x = jax.ShapeDtypeStruct((64, 4096), np.float32)
@@ -205,6 +206,7 @@ def test_samples_of_a_head(rng, make_key):
     assert (again.indices == 1).any(), "without a mask it is drawn"
 
 
+@pytest.mark.slow
 def test_a_teacher_of_a_head_in_blocks():
     """On a batch of many blocks: what its logits give, of a temporary that does not hold them."""
     keys = jax.random.split(jax.random.key(0), 2)

@@ -369,6 +369,7 @@ def test_temperature_is_that_of_the_targets(rng):
 # --- memory ---
 
 
+@pytest.mark.usefixtures("optimized")
 def test_temporary_memory_beside_logits():
     """A top-k teacher costs no more than a whole one: below 0.15 of the predictions."""
     x = jax.ShapeDtypeStruct((1024, 8192), np.float32)

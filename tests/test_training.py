@@ -116,6 +116,7 @@ def loss(params, batch, normalizer=None, axis_name=None):
     return value, metrics.soft
 
 
+@pytest.mark.slow(but=["3"])
 @pytest.mark.parametrize("steps", [1, 3, 12])
 def test_micro_batches_add_up_to_the_whole(rng, steps):
     """Uneven masks, two denominators."""
@@ -144,6 +145,7 @@ def test_16_bit_parameters_are_summed_in_float32():
     assert gradient == 300
 
 
+@pytest.mark.slow(but=["True"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_accumulation_on_a_mesh(rng, check_vma):
     """Each device has its own examples; all get the gradient of the whole, summed once."""
@@ -328,6 +330,7 @@ def test_fisher_products_against_the_dense_matrix(rng, kind):
         np.testing.assert_allclose(got, want @ v + 0.1 * v, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_product_is_differentiated_in_the_parameters(rng):
     params, x = parameters(rng), jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     flat, unravel = ravel_pytree(params)
@@ -363,6 +366,7 @@ def trust_region(rng, kind):
     return parameters(rng), outputs, objective
 
 
+@pytest.mark.slow(but=["0.01"])
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-2, 0.3])
 def test_natural_gradient_keeps_its_radius(rng, max_kl):
     """The divergence stays within, and close to it while the steps are small; nothing rises."""
@@ -385,6 +389,7 @@ def test_natural_gradient_keeps_its_radius(rng, max_kl):
     assert objective(params) < start
 
 
+@pytest.mark.slow
 def test_natural_gradient_where_no_step_helps(rng):
     """An objective that only rises, or is NaN: an update of 0."""
     params, outputs, objective = trust_region(rng, "logits")
@@ -522,6 +527,7 @@ def test_with_flax(rng):
     assert (layer.kernel[...] != before).any()
 
 
+@pytest.mark.slow
 def test_with_equinox(rng):
     """Its models are pytrees of arrays and functions; the arrays are the parameters."""
     eqx = pytest.importorskip("equinox")

@@ -92,6 +92,7 @@ def test_temperature_is_a_division_of_log_probabilities(rng, name):
     assert_close(f(x, y, temperature=2), want)
 
 
+@pytest.mark.slow(but=["forward_kl-probs-log_probs", "cross_entropy-logits-logits"])
 @pytest.mark.parametrize("kinds", [("logits", "logits"), ("probs", "log_probs")], ids="-".join)
 @pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
 def test_vmap_scan_checkpoint_and_jit_agree(rng, name, kinds):
@@ -208,6 +209,7 @@ def test_labels_of_few_bits_name_one_class(rng, dtype):
     assert_close(kljax.cross_entropy(x, labels), kljax.cross_entropy(x, labels.astype(np.int32)))
 
 
+@pytest.mark.slow
 def test_mixed_derivatives_through_a_zero_weight(rng):
     """At weight 0 the derivative to weight and logits is the gradient itself, in either order."""
     x, y = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(2))
@@ -252,6 +254,7 @@ def test_integer_shares(rng, end):
     assert_close(jax.grad(scaled)(x, end), jax.grad(scaled)(x, float(end)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_higher_orders_at_equality(rng, shift):

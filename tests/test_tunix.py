@@ -117,6 +117,7 @@ def test_tunix_trainer_evaluates(example):
     assert_close(got, jnp.mean(hard[labels >= 0]))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_temporaries_are_fewer(example):
     """Of the compiled loss and gradient at 32,768 classes; from heads, less than the logits."""
     nnx, classes, tokens = example.nnx, 2**15, jax.ShapeDtypeStruct((64, 64), jnp.int32)
