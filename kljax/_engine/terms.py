@@ -5,14 +5,16 @@ log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and i
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
+from numpy.polynomial import Polynomial
 
 # Below this |log q - log p| the direct forms of KL and Jensen-Shannon terms round, and below this
 # |z| that of log(1 + z): a series serves.
@@ -278,10 +280,14 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     of = _from_heavy(w, _finite(r))
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    heavy, light = jnp.where(of.a_is_heavy, a, b), jnp.where(of.a_is_heavy, b, a)
-    textbook = (1 - of.share) * heavy * of.over_heavy + of.share * light * of.over_light
-    return jnp.where(of.near, heavy * of.close, -textbook)
+    heavy = jnp.where(of.a_is_heavy, jnp.exp(log_a), jnp.exp(log_b))
+    close = heavy * _taylor(_mixture_series(r.dtype)[1], of.share, of.ratio)
+    over_a, over_b = of.over_both()
+    return jnp.where(of.near, close, _part(w, log_a, over_a) + _part(1 - w, log_b, over_b))
+
+
+def _part(share: Array, log_p: Array, m_over_p: Array) -> Array:
+    return -share * jnp.exp(log_p) * m_over_p
 
 
 @partial(_jensen_shannon.defjvp, symbolic_zeros=True)
@@ -291,9 +297,9 @@ def _jensen_shannon_jvp(primals, tangents):
     _, over_a, over_b = _log_mixture(log_a, log_b, w, _finite(r))
     tangent = jnp.zeros_like(log_a)
     if not isinstance(a_dot, SymbolicZero):
-        tangent += -w * jnp.exp(log_a) * over_a * a_dot
+        tangent += _part(w, log_a, over_a) * a_dot
     if not isinstance(b_dot, SymbolicZero):
-        tangent += -(1 - w) * jnp.exp(log_b) * over_b * b_dot
+        tangent += _part(1 - w, log_b, over_b) * b_dot
     if not isinstance(w_dot, SymbolicZero):
         tangent += (_skew(log_a, log_b, w, r) - _skew(log_b, log_a, 1 - w, -r)) * w_dot
     return _jensen_shannon(*primals), tangent
@@ -399,8 +405,7 @@ def log_mixture(
 @jax.custom_jvp
 def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
     of = _from_heavy(w, r)
-    over_a = jnp.where(of.a_is_heavy, of.over_heavy, of.over_light)
-    over_b = jnp.where(of.a_is_heavy, of.over_light, of.over_heavy)
+    over_a, over_b = of.over_both()
     # Stepping from the larger side never adds inf to -inf.
     from_b = r > 0
     log_m = jnp.where(from_b, log_b, log_a) + jnp.where(from_b, over_b, over_a)
@@ -425,8 +430,8 @@ def _log_mixture_jvp(primals, tangents):
 class _FromHeavy(NamedTuple):
     """m = w a + (1 - w) b as the side of more weight sees it.
 
-    m / heavy = 1 + z for z = share · (light / heavy - 1), so that a small weight costs no accuracy
-    and one logarithm serves both sides.
+    m / heavy = 1 + l (e^x - 1) for the light side's weight l and x = log light - log heavy, so that
+    a small weight costs no accuracy and one logarithm serves both sides.
     """
 
     a_is_heavy: Array  # of equal weights the more probable side is: their order is nothing
@@ -434,7 +439,13 @@ class _FromHeavy(NamedTuple):
     over_heavy: Array  # log m - log heavy
     over_light: Array  # log m - log light
     near: Array  # whether both sides are close
-    close: Array  # the Jensen-Shannon term over heavy's probability where they are
+    ratio: Array  # x where they are, else 0
+
+    def over_both(self) -> tuple[Array, Array]:
+        """(log m - log a, log m - log b)."""
+        pair = self.over_heavy, self.over_light
+        over_a, over_b = (jnp.where(self.a_is_heavy, x, y) for x, y in (pair, pair[::-1]))
+        return over_a, over_b
 
 
 def _from_heavy(w: Array, r: Array) -> _FromHeavy:
@@ -442,26 +453,51 @@ def _from_heavy(w: Array, r: Array) -> _FromHeavy:
     share, ratio = jnp.minimum(w, 1 - w), jnp.where(a_is_heavy, r, -r)
     near = jnp.abs(ratio) < _SERIES_BOUND
     small = jnp.where(near, ratio, 0)
-    excess = expm1_minus(small)
-    light_over_heavy = jnp.exp(jnp.minimum(ratio, _overflow(r)))
-    z = share * jnp.where(near, small + excess, light_over_heavy - 1)
-    z_is_small = jnp.abs(z) < _SERIES_BOUND
-    small_z = jnp.where(z_is_small, z, 0)
-    less = log1p_minus(small_z)
-    log1p_z = jnp.where(z_is_small, z + less, jnp.log(1 + z))
+    close = share * small + _taylor(_mixture_series(r.dtype)[0], share, small)
+    direct = jnp.log1p(share * (jnp.exp(jnp.minimum(ratio, _overflow(r))) - 1))
+    log = jnp.where(near, close, direct)
 
     # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
     digits = 37 if r.dtype == jnp.float64 else 17
     bound = jnp.minimum(jnp.log1p(-share) - jnp.log(share) + digits, _overflow(r))
     only_light = ratio > jnp.where(share == 0, jnp.inf, bound)
-    over_heavy = jnp.where(only_light, ratio + jnp.log(share), log1p_z)
-    over_light = jnp.where(only_light, jnp.log(share), log1p_z - ratio)
+    over_heavy = jnp.where(only_light, ratio + jnp.log(share), log)
+    over_light = jnp.where(only_light, jnp.log(share), log - ratio)
+    return _FromHeavy(a_is_heavy, share, over_heavy, over_light, near, small)
 
-    # With l = share it is l (x e^x - e^x + 1) less (1 + z) log(1 + z) - z for the ratio's log x:
-    # each of second order, the first the larger.
-    to_light = small * small + (small - 1) * excess
-    close = share * to_light - (small_z * small_z + (1 + small_z) * less)
-    return _FromHeavy(a_is_heavy, share, over_heavy, over_light, near, close)
+
+@cache
+def _mixture_series(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Taylor coefficients from x² on, over l (1 - l): rows of a polynomial in l, for |x| < 1/2.
+
+    Of log(1 + l (e^x - 1)) less l x, and of the Jensen-Shannon term j over heavy's probability.
+    The first generates the cumulants of a Bernoulli variable, k_1 = l and
+    k_n+1 = l (1 - l) dk_n/dl; the second follows from dj/dx = l e^x (x - log(1 + l (e^x - 1))).
+    """
+    last = 18 if dtype == jnp.float64 else 9
+    l = Polynomial([0.0, 1.0])  # noqa: E741
+    cumulants = [Polynomial([1.0])]
+    for _ in range(2, last):
+        cumulants.append((1 - 2 * l) * cumulants[-1] + l * (1 - l) * cumulants[-1].deriv())
+    log = [k / math.factorial(n) for n, k in enumerate(cumulants, 2)]
+    term = [Polynomial([0.5])]
+    for n in range(3, last + 1):
+        known = sum(log[k - 2] / math.factorial(n - 1 - k) for k in range(2, n))
+        term.append((1 / math.factorial(n - 2) - l * known) / n)
+    rows = lambda series: np.stack([np.pad(p.coef, (0, last - len(p.coef))) for p in series])  # noqa: E731
+    return rows(log), rows(term)
+
+
+def _taylor(series: np.ndarray, share: Array, x: Array) -> Array:
+    """l (1 - l) x² times the series at the share l, and x."""
+    columns = series.T.reshape(*series.T.shape, *[1] * share.ndim)
+    *lower, coefficients = jnp.asarray(columns, x.dtype)
+    for column in reversed(lower):
+        coefficients = coefficients * share + column
+    *lower, total = share * (1 - share) * coefficients
+    for coefficient in reversed(lower):
+        total = total * x + coefficient
+    return total * (x * x)
 
 
 class _Seen(NamedTuple):
