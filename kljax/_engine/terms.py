@@ -281,7 +281,7 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     of = _from_heavy(w, _finite(r))
     heavy = jnp.where(of.a_is_heavy, jnp.exp(log_a), jnp.exp(log_b))
-    close = heavy * _taylor(_mixture_series(r.dtype)[1], of.share, of.ratio)
+    close = heavy * _taylor(_mixture_series(r.dtype)[1], of.share, of.small)
     over_a, over_b = of.over_both()
     return jnp.where(of.near, close, _part(w, log_a, over_a) + _part(1 - w, log_b, over_b))
 
@@ -436,34 +436,34 @@ class _FromHeavy(NamedTuple):
 
     a_is_heavy: Array  # of equal weights the more probable side is: their order is nothing
     share: Array  # the weight of the light side, at most 1/2
-    over_heavy: Array  # log m - log heavy
-    over_light: Array  # log m - log light
+    ratio: Array  # x
     near: Array  # whether both sides are close
-    ratio: Array  # x where they are, else 0
+    small: Array  # x where they are, else 0
 
     def over_both(self) -> tuple[Array, Array]:
         """(log m - log a, log m - log b)."""
-        pair = self.over_heavy, self.over_light
-        over_a, over_b = (jnp.where(self.a_is_heavy, x, y) for x, y in (pair, pair[::-1]))
-        return over_a, over_b
+        share, x, overflow = self.share, self.ratio, _overflow(self.ratio)
+        z = share * (jnp.exp(jnp.minimum(x, overflow)) - 1)
+        # As exact as log1p, with which XLA:CPU does not vectorize the loop over a few classes.
+        log = jnp.log(1 + z) + (z - ((1 + z) - 1)) / (1 + z)
+        close = share * self.small + _taylor(_mixture_series(x.dtype)[0], share, self.small)
+        over_heavy = jnp.where(self.near, close, log)
+
+        # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
+        digits = 37 if x.dtype == jnp.float64 else 17
+        bound = jnp.minimum(jnp.log1p(-share) - jnp.log(share) + digits, overflow)
+        only_light = x > jnp.where(share == 0, jnp.inf, bound)
+        over_light = jnp.where(only_light, jnp.log(share), over_heavy - x)
+        over_heavy = jnp.where(only_light, x + jnp.log(share), over_heavy)
+        over_a = jnp.where(self.a_is_heavy, over_heavy, over_light)
+        return over_a, jnp.where(self.a_is_heavy, over_light, over_heavy)
 
 
 def _from_heavy(w: Array, r: Array) -> _FromHeavy:
     a_is_heavy = (w > 0.5) | ((w == 0.5) & (r <= 0))
     share, ratio = jnp.minimum(w, 1 - w), jnp.where(a_is_heavy, r, -r)
     near = jnp.abs(ratio) < _SERIES_BOUND
-    small = jnp.where(near, ratio, 0)
-    close = share * small + _taylor(_mixture_series(r.dtype)[0], share, small)
-    direct = jnp.log1p(share * (jnp.exp(jnp.minimum(ratio, _overflow(r))) - 1))
-    log = jnp.where(near, close, direct)
-
-    # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
-    digits = 37 if r.dtype == jnp.float64 else 17
-    bound = jnp.minimum(jnp.log1p(-share) - jnp.log(share) + digits, _overflow(r))
-    only_light = ratio > jnp.where(share == 0, jnp.inf, bound)
-    over_heavy = jnp.where(only_light, ratio + jnp.log(share), log)
-    over_light = jnp.where(only_light, jnp.log(share), log - ratio)
-    return _FromHeavy(a_is_heavy, share, over_heavy, over_light, near, small)
+    return _FromHeavy(a_is_heavy, share, ratio, near, jnp.where(near, ratio, 0))
 
 
 @cache
