@@ -449,10 +449,8 @@ class _FromHeavy(NamedTuple):
         close = share * self.small + _taylor(_mixture_series(x.dtype)[0], share, self.small)
         over_heavy = jnp.where(self.near, close, log)
 
-        # Beyond this ratio the heavy side's part of m is below any rounding, or exp overflows.
-        digits = 37 if x.dtype == jnp.float64 else 17
-        bound = jnp.minimum(jnp.log1p(-share) - jnp.log(share) + digits, overflow)
-        only_light = x > jnp.where(share == 0, jnp.inf, bound)
+        # Where exp overflows the heavy side's part of m is nothing.
+        only_light = x > jnp.where(share == 0, jnp.inf, overflow)
         over_light = jnp.where(only_light, jnp.log(share), over_heavy - x)
         over_heavy = jnp.where(only_light, x + jnp.log(share), over_heavy)
         over_a = jnp.where(self.a_is_heavy, over_heavy, over_light)
