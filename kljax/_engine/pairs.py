@@ -39,7 +39,7 @@ class PairState(NamedTuple):
     def log_masses(self) -> Array:
         """log Σ q' - log Σ p', not as a difference of logarithms where they are close."""
         near, y = self._excess
-        return jnp.where(near, jnp.log1p(y), jnp.log(self.q / self.p))
+        return jnp.where(near, y + log1p_minus(y), jnp.log(self.q / self.p))
 
     @property
     def divergence(self) -> Array:

@@ -38,7 +38,7 @@ OPERATIONS = {
     "forward KL": 75,
     "forward KL, value": 80,
     "reverse KL": 105,
-    "Jensen-Shannon": 200,
+    "Jensen-Shannon": 167,
     "skew forward KL": 165,
 }
 
