@@ -14,15 +14,15 @@ from kljax._engine.terms import term_generalized_kl as term_generalized_kl
 from kljax._engine.terms import term_kl as term_kl
 from kljax._engine.value_checks import checked as checked
 from kljax._engine.value_checks import value_checks as value_checks
+from kljax._making import DivergenceFn as DivergenceFn
+from kljax._making import divergence as divergence
 from kljax.distributions import Distribution as Distribution
 from kljax.distributions import Head as Head
 from kljax.distributions import Logits as Logits
 from kljax.distributions import LogProbs as LogProbs
 from kljax.distributions import Probs as Probs
 from kljax.distributions import TopK as TopK
-from kljax.divergences import DivergenceFn as DivergenceFn
 from kljax.divergences import cross_entropy as cross_entropy
-from kljax.divergences import divergence as divergence
 from kljax.divergences import entropy as entropy
 from kljax.divergences import forward_kl as forward_kl
 from kljax.divergences import jeffreys as jeffreys

@@ -1,7 +1,6 @@
 """The divergences.
 
-A divergence is a formula on log-probabilities; `divergence` makes it a loss, for the built-in ones
-as for the user's own. How a call flows:
+A divergence is a formula on log-probabilities. How a call flows:
 
     forward_kl(predictions, targets, …)   its body is the formula; `_of_kl` hands it the KL term
     _pipeline.evaluate                    the term, the path and the weights chosen; then run
@@ -14,20 +13,17 @@ as for the user's own. How a call flows:
 Predictions s come first and targets t second, except in `kl(p, q)`.
 """
 
-import inspect
-import sys
 from collections.abc import Callable, Iterable
-from functools import partial, update_wrapper
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast
+from functools import partial
+from typing import Unpack
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from kljax import _pipeline
-from kljax._engine import captures, checks, value_checks
+from kljax._engine import checks, value_checks
 from kljax._engine.formula import Formula, Term
-from kljax._engine.paths import Implementation
 from kljax._engine.terms import (
     log_mixture,
     term_cross_entropy,
@@ -38,236 +34,14 @@ from kljax._engine.terms import (
     term_skew_kl,
     weigh,
 )
+from kljax._making import SIDES, Bound, PlainDivergenceFn, binds, named_like
+from kljax._options import Options, plainly
 from kljax._pipeline import SMOOTHING
-from kljax._reading import ClassAxisName, Given
+from kljax._reading import Given
 from kljax.distributions import Distribution
 from kljax.distributions.labels import Labels
-from kljax.reduction import AxisName, Reduction
 
-F = TypeVar("F", bound=Callable[..., Any])
-Parameters = ParamSpec("Parameters")
 KLTerm = Callable[[Array, Array, Array], Array]  # (log p, log q, log q - log p)
-
-
-class SharedOptions(TypedDict, total=False):
-    """What every loss over classes takes, whatever else it has of its own."""
-
-    axis: int | Iterable[int]
-    where: ArrayLike | None
-    normalizer: ArrayLike | None
-    axis_name: AxisName | None
-    class_axis_name: ClassAxisName | None
-    implementation: Implementation | None
-
-
-class UnweightedOptions(SharedOptions, total=False):
-    """All but weights and reduction."""
-
-    temperature: ArrayLike | None
-
-
-class OtherOptions(UnweightedOptions, total=False):
-    """All but the reduction."""
-
-    weights: ArrayLike | None
-
-
-class Options(OtherOptions, total=False):
-    """What every divergence takes besides its distributions; see `forward_kl`."""
-
-    reduction: Reduction
-
-
-_SIDES = ("predictions", "targets")
-
-
-class Bound(NamedTuple):
-    """What a call of a divergence asks for: a formula, and what its term is given besides."""
-
-    formula: Formula
-    params: dict[str, Any]
-
-
-class DivergenceFn(Protocol):
-    """A loss from two distributions, as `divergence` makes it; its own parameters are keywords."""
-
-    __name__: str
-
-    def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array: ...
-
-    def bind(self, **params: Any) -> Bound:
-        """What a call with these parameters would ask for."""
-        ...
-
-
-class PlainDivergenceFn(Protocol):
-    """One without parameters of its own, so that a type checker knows every keyword."""
-
-    __name__: str
-
-    def __call__(self, predictions: Given, targets: Given, **options: Unpack[Options]) -> Array: ...
-
-    def bind(self, **params: Any) -> Bound: ...
-
-
-class KnownDivergenceFn(Protocol[Parameters]):
-    """One with parameters of its own that a type checker knows, too."""
-
-    __name__: str
-
-    def __call__(self, *args: Parameters.args, **options: Parameters.kwargs) -> Array: ...
-
-    def bind(self, **params: Any) -> Bound: ...
-
-
-def divergence(
-    term: Callable[..., Array],
-    *,
-    normalized: Callable[..., Array] | None = None,
-    needs_mass: bool = False,
-) -> DivergenceFn:
-    r"""Make a divergence from a term; also a decorator.
-
-    .. math:: D = \sum_i f(\log s_i, \log t_i)
-
-    Shapes: the term is elementwise on log-probabilities, float32 unless an input is float64; the
-    divergence has the options, shapes and derivatives of `forward_kl`. Units: the term's own.
-
-    Zeros: -inf reaches the term and is its own to answer for; the exported pieces (`term_kl`,
-    `term_cross_entropy`, `log_mixture`, …) do. Masked classes never reach it.
-    Gradients: to both sides, to the parameters and to arrays that the term captures, in every mode.
-    Make a divergence once, for a new function is compiled anew. A term that captures anything but
-    functions is not cached by the library's own ``jit``: call its divergence inside yours.
-    Globals that a term reads must not change, as under ``jit``.
-
-    Args:
-        term: ``term(log_pred, log_target, *, <its parameters>)``, the contribution of each class.
-            Its keyword-only arguments become keywords of the divergence, which may be traced.
-        normalized: A term of the same sum and parameters for two sides that the library itself
-            normalised, as ``normalized(log_pred, log_target, log_ratio, *, …)``. ``log_ratio`` is
-            log pred - log target before these were rounded: with `term_generalized_kl` it keeps
-            a divergence accurate near equality.
-        needs_mass: It is infinite where targets are 0, so that a `TopK` teacher must know what
-            mass is outside the k classes.
-
-    Returns:
-        ``f(predictions, targets, *, <its parameters>, <options of forward_kl>)``.
-
-    Raises:
-        ValueError: When called, if the term does not return one contribution per class.
-        TypeError: For an unknown option or parameter.
-
-    Example:
-        >>> import jax.numpy as jnp, kljax
-        >>> @kljax.divergence
-        ... def power(log_s, log_t, *, gamma=0.5):
-        ...     return gamma * (jnp.exp(gamma * log_s) - jnp.exp(gamma * log_t)) ** 2
-        >>> print(f"{power(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0])):.4f}")
-        0.2929
-        >>> print(f"{power(kljax.Probs([0.5, 0.5]), kljax.Probs([1.0, 0.0]), gamma=1.0):.4f}")
-        0.5000
-
-    Source: the f-divergences of Csiszár and Shields, Information Theory and Statistics: A
-    Tutorial (2004), section 4.
-    """
-    return _Made(term, normalized, needs_mass)
-
-
-class _Made:
-    """A divergence made of a user's term."""
-
-    __name__: str
-    __qualname__: str
-
-    def __init__(
-        self, term: Callable[..., Array], normalized: Callable[..., Array] | None, needs_mass: bool
-    ):
-        self._made_of = term, normalized, needs_mass
-        name = getattr(term, "__name__", "divergence")
-        self._formula = Formula(
-            "divergence" if name == "<lambda>" else name,
-            _SIDES,
-            lambda log_probs, _, params: term(*log_probs, **params),
-            normalized
-            and (lambda log_probs, ratio, params: normalized(*log_probs, ratio, **params)),
-            needs_mass=needs_mass,
-            cached=all(map(captures.is_pure, (term, normalized))),
-        )
-        given = inspect.signature(term).parameters.values()
-        self._parameters = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
-        self.__name__ = self._formula.name
-        _named_like(term, self)
-        sides = [inspect.Parameter(a, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in _SIDES]
-        own = [p.replace(annotation=p.empty) for p in given if p.kind is p.KEYWORD_ONLY]
-        self.__signature__ = inspect.Signature([*sides, *own, *_pipeline.OPTIONS.values()])
-
-    def __call__(self, predictions: Given, targets: Given, **options: Any) -> Array:
-        own = {name: options.pop(name) for name in self._parameters if name in options}
-        known = (*self._parameters, *_pipeline.OPTIONS)
-        checks.require_options(self._formula.name, options, known)
-        formula, params = self.bind(**own)
-        return _pipeline.evaluate(formula, (predictions, targets), params, **options)
-
-    def bind(self, **params: Any) -> Bound:
-        checks.require_options(self._formula.name, params, tuple(self._parameters))
-        whole = {**self._parameters, **params}
-        checks.require_parameters(
-            self._formula.name, [k for k, v in whole.items() if v is inspect.Parameter.empty]
-        )
-        return Bound(self._formula, whole)
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """As a decorator it is found by its name, otherwise made again."""
-        found: Any = sys.modules.get(self.__module__)
-        for part in self.__qualname__.split("."):
-            found = getattr(found, part, None)
-        return self.__qualname__ if found is self else (_Made, self._made_of)
-
-
-def bound(divergence: Callable[..., Array]) -> Bound | None:
-    """What a divergence, or a partial of one, will ask for; None if it is not the library's."""
-    given: dict[str, Any] = {}
-    while isinstance(divergence, partial) and not divergence.args:
-        given = {**divergence.keywords, **given}
-        divergence = divergence.func
-    bind = getattr(divergence, "bind", None)
-    if bind is None or set(given) & set(_pipeline.OPTIONS):
-        return None
-    return bind(**given)
-
-
-def plainly(function: F, *, without: tuple[str, ...] = ()) -> F:
-    """Let `help` show every option by its name and default; the types are for type checkers.
-
-    Args:
-        without: Options of a divergence that this function does not take.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    named = [p.replace(annotation=p.empty) for p in parameters if p.kind is not p.VAR_KEYWORD]
-    if len(named) < len(parameters):
-        own = {p.name for p in named}.union(without)
-        named += [option for name, option in _pipeline.OPTIONS.items() if name not in own]
-    cast(Any, function).__signature__ = inspect.Signature(named)
-    return function
-
-
-def _binds(
-    bind: Callable[..., Bound],
-) -> Callable[[Callable[Parameters, Array]], KnownDivergenceFn[Parameters]]:
-    """Let a divergence tell what it will ask for, with the defaults of its signature."""
-
-    def decorate(divergence: Callable[Parameters, Array]) -> KnownDivergenceFn[Parameters]:
-        given = inspect.signature(divergence).parameters.values()
-        own = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
-
-        def with_defaults(**params: Any) -> Bound:
-            checks.require_options(divergence.__name__, params, tuple(own))
-            return bind(**{**own, **params})
-
-        cast(Any, divergence).bind = with_defaults
-        return cast(Any, plainly(divergence))
-
-    return decorate
 
 
 def _of_kl(
@@ -292,7 +66,7 @@ def _of_kl(
 
     return Formula(
         name or formula.__name__,
-        _SIDES,
+        SIDES,
         of(term_kl),
         of(term_generalized_kl),
         directions,
@@ -312,15 +86,7 @@ def _divergence_of_kl(
     def compute(predictions: Given, targets: Given, **options: Unpack[Options]) -> Array:
         return _pipeline.evaluate(made, (predictions, targets), {}, **options)
 
-    return _binds(lambda: Bound(made, {}))(_named_like(formula, compute))
-
-
-def _named_like(function: Callable[..., Array], wrapper: Callable[..., Array]) -> Any:
-    """Take over name and documentation, but not the signature."""
-    assigned = ("__module__", "__name__", "__qualname__", "__doc__")
-    wrapper = update_wrapper(wrapper, function, assigned, updated=())
-    del wrapper.__wrapped__
-    return wrapper
+    return binds(lambda: Bound(made, {}))(named_like(formula, compute))
 
 
 @partial(_divergence_of_kl, directions=(False, True))
@@ -459,7 +225,7 @@ def _bind_jensen_shannon(beta: ArrayLike, normalized: bool) -> Bound:
     return Bound(formula, {"beta": _fraction("jensen_shannon", "beta", beta)})
 
 
-@_binds(_bind_jensen_shannon)
+@binds(_bind_jensen_shannon)
 def jensen_shannon(
     predictions: Given,
     targets: Given,
@@ -522,7 +288,7 @@ def _bind_skew_forward(alpha: ArrayLike) -> Bound:
     return Bound(_skew_forward, {"alpha": _fraction("skew_forward_kl", "alpha", alpha)})
 
 
-@_binds(_bind_skew_forward)
+@binds(_bind_skew_forward)
 def skew_forward_kl(
     predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
 ) -> Array:
@@ -566,7 +332,7 @@ def _bind_skew_reverse(alpha: ArrayLike) -> Bound:
     return Bound(formula, {"alpha": _fraction("skew_reverse_kl", "alpha", alpha)})
 
 
-@_binds(_bind_skew_reverse)
+@binds(_bind_skew_reverse)
 def skew_reverse_kl(
     predictions: Given, targets: Given, *, alpha: ArrayLike = 0.1, **options: Unpack[Options]
 ) -> Array:
@@ -600,7 +366,7 @@ def skew_reverse_kl(
     return _pipeline.evaluate(formula, (predictions, targets), params, **options)
 
 
-@_binds(lambda: Bound(KL, {}))
+@binds(lambda: Bound(KL, {}))
 def kl(p: Given, q: Given, **options: Unpack[Options]) -> Array:
     r"""Kullback–Leibler divergence D(p‖q), with its arguments in the order of the formula.
 
@@ -668,7 +434,7 @@ def _bind_cross_entropy(label_smoothing: ArrayLike) -> Bound:
     return Bound(CROSS_ENTROPY, smoothing("cross_entropy", label_smoothing))
 
 
-@_binds(_bind_cross_entropy)
+@binds(_bind_cross_entropy)
 def cross_entropy(
     predictions: Given,
     targets: Given,
@@ -758,7 +524,7 @@ KL = Formula(
 _KL_TERMS = KL._replace(name="kl_terms", normalized=None, directions=None)
 CROSS_ENTROPY = Formula(
     "cross_entropy",
-    _SIDES,
+    SIDES,
     lambda log, *_: term_cross_entropy(log[1], log[0]),
     cross_entropy=True,
 )

@@ -19,6 +19,8 @@ from kljax._engine.paths import Implementation, Path
 from kljax._engine.side import Classed, Rows, compute_dtype, held, in_axes, wide
 from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless
+from kljax._making import bound
+from kljax._options import OtherOptions, plainly
 from kljax._reading import ClassAxisName, Given, Inputs
 from kljax.distributions import Distribution, LogProbs, Probs, TopK
 from kljax.distributions.labels import Labels
@@ -26,11 +28,8 @@ from kljax.divergences import (
     CROSS_ENTROPY,
     ENTROPY,
     LABELS,
-    OtherOptions,
-    bound,
     forward_kl,
     jeffreys,
-    plainly,
     smoothing,
 )
 from kljax.reduction import AxisName, Reduction, Weighting

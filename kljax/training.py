@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks
 from kljax._engine.meshes import varying
+from kljax._options import SharedOptions, UnweightedOptions, plainly
 from kljax._reading import Given
 from kljax.distributions import LogProbs, Probs
-from kljax.divergences import SharedOptions, UnweightedOptions, forward_kl, kl, plainly
+from kljax.divergences import forward_kl, kl
 from kljax.objectives import DistillationMetrics, distillation_loss
 from kljax.reduction import AxisName, Reduction
 

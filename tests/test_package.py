@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import kljax
+from kljax._options import Options
 from kljax._pipeline import OPTIONS
-from kljax.divergences import Options
 
 ROOT = Path(kljax.__file__).parent
 PUBLIC = sorted(name for name in vars(kljax) if not name.startswith("_"))
@@ -45,6 +45,8 @@ ORDER = [
     "kljax.estimators",
     "kljax.objectives",
     "kljax.divergences",
+    "kljax._making",
+    "kljax._options",
     "kljax.sparse",
     "kljax._pipeline",
     "kljax._closed_forms",
