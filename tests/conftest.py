@@ -3,10 +3,11 @@
 `pytest` runs a fast set over every module and every path; `pytest --rest` all that is marked slow;
 `pytest --aot v5e` what the TPU's compiler makes of it, `--aot H200` what NVIDIA's does.
 `--as-on tpu` takes the choices that are made on that platform, and runs them here. `--every 2` runs
-half of what is asked for, chosen by the tests' names. `--optimized` compiles all tests as users
-compile; without it only those do that are about numbers, memory or long runs, for it takes longer.
+half of what is asked for, chosen by the tests' names. `--unoptimized` compiles in less time than
+for users, but for those tests that are about numbers, memory or long runs.
 """
 
+import os
 import zlib
 from functools import partial
 
@@ -29,7 +30,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every", type=int, default=1, help="run one of n of these tests, by its name"
     )
-    parser.addoption("--optimized", action="store_true", help="compile as users do")
+    parser.addoption("--unoptimized", action="store_true", help="compile in less time")
     parser.addoption(
         "--as-on", choices=["tpu", "cuda"], help="take each platform's choice as there, and run it"
     )
@@ -38,7 +39,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow(but=()): one of the rest; but for cases so named")
     config.addinivalue_line("markers", "aot: compiles for an accelerator that need not be here")
-    optimize(config.getoption("--optimized"))
+    optimize(not config.getoption("--unoptimized"))
     if platform := config.getoption("--as-on"):
         jax.lax.platform_dependent = partial(chosen, platform)
         lowering._platforms = lambda ctx: (platform,)
@@ -74,7 +75,9 @@ def but(mark):
 
 
 def optimize(on):
+    """Also in the processes that a test starts."""
     jax.config.update("jax_disable_most_optimizations", not on)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(not on)
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def optimized(request):
     """Programs compiled as users compile them."""
     optimize(True)
     yield
-    optimize(request.config.getoption("--optimized"))
+    optimize(not request.config.getoption("--unoptimized"))
 
 
 @pytest.fixture

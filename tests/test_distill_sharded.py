@@ -19,8 +19,6 @@ from helpers import assert_close
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 for needed in ("flax", "grain", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 ocp = pytest.importorskip("orbax.checkpoint")

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 for needed in ("flax", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 ocp = pytest.importorskip("orbax.checkpoint")

@@ -280,11 +280,12 @@ def term_jensen_shannon(log_a: Array, log_b: Array, weight: Array, log_ratio: Ar
 @jax.custom_jvp
 def _jensen_shannon(log_a: Array, log_b: Array, w: Array, r: Array) -> Array:
     of = _from_heavy(w, _finite(r))
-    heavy = jnp.where(of.a_is_heavy, jnp.exp(log_a), jnp.exp(log_b))
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    heavy, light = jnp.where(of.a_is_heavy, a, b), jnp.where(of.a_is_heavy, b, a)
     close = heavy * _taylor(_mixture_series(r.dtype)[1], of.share, of.small)
-    over_a, over_b = of.over_both()
-    # Not the slopes' own products: the v5e's compiler would store what two sums share.
-    direct = (w * over_a) * jnp.exp(log_a) + ((1 - w) * over_b) * jnp.exp(log_b)
+    over_heavy, over_light = of.over_both()
+    # The heavy side first, for a sum of two products is rounded by the order of its terms.
+    direct = (1 - of.share) * over_heavy * heavy + of.share * over_light * light
     return jnp.where(of.near, close, -direct)
 
 
@@ -403,7 +404,9 @@ def log_mixture(
 @jax.custom_jvp
 def _log_mixture(log_a: Array, log_b: Array, w: Array, r: Array) -> tuple[Array, Array, Array]:
     of = _from_heavy(w, r)
-    over_a, over_b = of.over_both()
+    over_heavy, over_light = of.over_both()
+    over_a = jnp.where(of.a_is_heavy, over_heavy, over_light)
+    over_b = jnp.where(of.a_is_heavy, over_light, over_heavy)
     # Stepping from the larger side never adds inf to -inf.
     from_b = r > 0
     log_m = jnp.where(from_b, log_b, log_a) + jnp.where(from_b, over_b, over_a)
@@ -439,7 +442,7 @@ class _FromHeavy(NamedTuple):
     small: Array  # x where they are, else 0
 
     def over_both(self) -> tuple[Array, Array]:
-        """(log m - log a, log m - log b)."""
+        """(log m - log heavy, log m - log light)."""
         share, x, overflow = self.share, self.ratio, _overflow(self.ratio)
         z = share * (jnp.exp(jnp.minimum(x, overflow)) - 1)
         # As exact as log1p, with which XLA:CPU does not vectorize the loop over a few classes.
@@ -450,9 +453,7 @@ class _FromHeavy(NamedTuple):
         # Where exp overflows the heavy side's part of m is nothing.
         only_light = x > jnp.where(share == 0, jnp.inf, overflow)
         over_light = jnp.where(only_light, jnp.log(share), over_heavy - x)
-        over_heavy = jnp.where(only_light, x + jnp.log(share), over_heavy)
-        over_a = jnp.where(self.a_is_heavy, over_heavy, over_light)
-        return over_a, jnp.where(self.a_is_heavy, over_light, over_heavy)
+        return jnp.where(only_light, x + jnp.log(share), over_heavy), over_light
 
 
 def _from_heavy(w: Array, r: Array) -> _FromHeavy:
