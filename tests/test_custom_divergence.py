@@ -162,6 +162,23 @@ def test_log_mixture(weight):
     np.testing.assert_array_equal(same[1:], np.zeros((2, 5)))
 
 
+@pytest.mark.parametrize("shape", [(6, 1), (6, 5)], ids=["per example", "per class"])
+def test_log_mixture_of_many_weights(rng, shape):
+    """And its gradient to them, (a - b) / m; near equality too."""
+    log_a = rng.normal(size=(6, 5)).astype(np.float32)
+    log_b = log_a + np.float32(rng.normal(size=(6, 5)) * [[1e-3], [0.1], [0.4], [1], [5], [30]])
+    weight = rng.uniform(size=shape).astype(np.float32)
+    a, b, w = (
+        np.float64(x) for x in (np.exp(log_a, dtype=float), np.exp(log_b, dtype=float), weight)
+    )
+    m = w * a + (1 - w) * b
+    got = jax.jit(kljax.log_mixture)(log_a, log_b, weight)
+    assert_close(got[0], np.log(m))
+    assert_close(got[1], np.log1p((1 - w) * np.expm1(np.float64(log_b) - log_a)))
+    slope = jax.grad(lambda w: kljax.log_mixture(log_a, log_b, w)[0].sum())(weight)
+    assert_close(slope, ((a - b) / m).sum(tuple(i for i in (1,) if shape[i] == 1), keepdims=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "transform", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]

@@ -490,8 +490,8 @@ def _taylor(series: np.ndarray, share: Array, x: Array) -> Array:
     columns = series.T.reshape(*series.T.shape, *[1] * share.ndim)
     *lower, coefficients = jnp.asarray(columns, x.dtype)
     for column in reversed(lower):
-        coefficients = coefficients * share + column
-    *lower, total = share * (1 - share) * coefficients
+        coefficients = coefficients * share[None] + column
+    *lower, total = (share * (1 - share))[None] * coefficients
     for coefficient in reversed(lower):
         total = total * x + coefficient
     return total * (x * x)
