@@ -73,7 +73,7 @@ def _evaluate(
         capturing=not formula.cached,
     )
     run = _run_jitted if formula.cached else _run
-    return run(formula, path, inputs, weighting, as_arrays(params))
+    return run(formula, path, inputs.on(path), weighting, as_arrays(params))
 
 
 def as_arrays(params: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Classes, Layout
+from kljax._engine.meshes import Spread
+from kljax._engine.paths import Path
 from kljax._engine.side import Classed, Distribution, compute_dtype
 from kljax.distributions.arrays import Bare
 
@@ -22,7 +24,7 @@ ClassAxisName = str | Iterable[str]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["sides", "where", "temperature"],
-    meta_fields=["caller", "arguments", "layout"],
+    meta_fields=["caller", "arguments", "layout", "spread"],
 )
 @dataclass(frozen=True)
 class Inputs:
@@ -34,6 +36,14 @@ class Inputs:
     sides: tuple[Classed, ...]
     where: Array | None
     temperature: Array | None
+    spread: Spread | None = None  # where each device of a mesh computes its own part
+
+    def on(self, path: Path) -> "Inputs":
+        """As they are placed for this path."""
+        if path.spread is None:
+            return self
+        layout = self.layout._replace(names=path.names)
+        return replace(self, layout=layout, spread=path.spread)
 
     def also(self, argument: str, given: Given) -> "Inputs":
         """With one more side, which has to go with the others."""
@@ -51,9 +61,7 @@ class Inputs:
             counted: Of each side, the weights under which it is read: nothing is at weight 0.
         """
         layout, where, temperature = self.layout, self.where, self.temperature
-        arrays = [side.array for side in self.sides if side.array is not None]
-        # On a mesh of explicit axes a select demands that its operands are spread alike.
-        spread = meshes.of_first([x for x in arrays if x.shape == layout.shape])
+        spread = self.spread or self._as_whole()
         live = [None if weights is None else weights.astype(bool) for weights in counted]
         sides = tuple(
             side.place(layout, where, own, spread)
@@ -61,8 +69,7 @@ class Inputs:
         )
         if where is not None:
             where = layout.expand(where)
-            if spread is not None:
-                where = meshes.spread(jnp.broadcast_to(where, layout.shape), spread)
+            where = where if spread is None else spread.lay(where)
         classes = Classes(where, layout.axis, layout.names)
         if temperature is not None:
             temperature = temperature.astype(compute_dtype(sides))
@@ -74,6 +81,13 @@ class Inputs:
             for argument, side, own in zip(self.arguments, sides, live, strict=True):
                 side.report(f"{self.caller}: {argument}", layout, classes, own, temperature)
         return sides, classes, temperature
+
+    def _as_whole(self) -> Spread | None:
+        """How the first whole array lies, if it does on a mesh of explicit axes."""
+        shape, axis = self.layout.shape, self.layout.axis
+        arrays = [side.array for side in self.sides if side.array is not None]
+        sharding = meshes.of_first([x for x in arrays if x.shape == shape])
+        return None if sharding is None else Spread(shape, axis, sharding)
 
 
 def read(

@@ -189,7 +189,7 @@ def distillation_loss(
         soft_factor,
         checks.require_number(_NAME, "hard_weight", hard_weight).astype(dtype),
     )
-    return (_distill_jitted if pure else _distill)(path, inputs, terms)
+    return (_distill_jitted if pure else _distill)(path, inputs.on(path), terms)
 
 
 @plainly

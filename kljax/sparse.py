@@ -188,7 +188,7 @@ def _few(
         found = choose(_Teacher(x, inverse, seen.log_probs, classes), *more)
         return jnp.zeros(x.shape[:-1]), found  # of values there are none
 
-    placed = teacher.place((None,))
+    placed = teacher.on(path).place((None,))
     if teacher.sides[0].array is not None:
         return of_block((placed, more))[1]
     # Keys are one per example, a power is not.

@@ -60,6 +60,7 @@ ORDER = [
     "kljax.distributions._pytree",
     "kljax._engine.captures",
     "kljax._engine.blockwise",
+    "kljax._engine.devices",
     "kljax._engine.paths",
     "kljax._engine.loss",
     "kljax._engine.picks",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kljax._engine.classes import Axes
-from kljax._engine.meshes import varying
+from kljax._engine.meshes import vary, varying
 
 # An axis keeps at least this many rows in a block, so that as many devices can share it.
 _SPREAD = 8
@@ -237,25 +237,17 @@ def _full_shape(blocks: Blocks, shape: tuple[int, ...], axes: Axes) -> tuple[int
 def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.ShapeDtypeStruct) -> Array:
     """Zeros that, inside `shard_map`, vary over the mesh axes that like varies over."""
     kind, fresh = like.manual_axis_type, jnp.zeros(shape, dtype)
-    names = tuple(sorted(kind.varying)) if kind else ()
-    return lax.pcast(fresh, names, to="varying") if names else fresh
+    return vary(fresh, tuple(sorted(kind.varying)) if kind else ())
 
 
-def aligned(
-    leaves: Sequence[Array], but: tuple[str, ...] = (), only: tuple[str, ...] | None = None
-) -> list[Array]:
+def aligned(leaves: Sequence[Array], but: tuple[str, ...] = ()) -> list[Array]:
     """The leaves, all varying over the same mesh axes inside `shard_map`.
 
     What is shared there gets its gradient summed over the mesh by JAX, not by the rules here; but
     over the axes that the classes are spread over, a block sums it.
     """
     names = tuple(name for name in varying(leaves) if name not in but)
-    names = tuple(name for name in names if only is None or name in only)
-    lacking = [tuple(n for n in names if n not in varying([x])) for x in leaves]
-    return [
-        lax.pcast(x, missing, to="varying") if missing else x
-        for x, missing in zip(leaves, lacking, strict=True)
-    ]
+    return [vary(x, names) for x in leaves]
 
 
 def widened(x: Array) -> Array:

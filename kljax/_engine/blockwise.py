@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from kljax._engine import linear, lowering
+from kljax._engine import devices, linear, lowering
 from kljax._engine.blocks import Blocks, aligned, rescale, sweep, times, whole, widened
 from kljax._engine.classes import Axes
-from kljax._engine.meshes import varying
+from kljax._engine.meshes import vary, varying
 from kljax._engine.paths import Path
 from kljax._engine.side import Classed
 
@@ -50,6 +50,9 @@ def values(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axe
         tree: A pytree of sides and other arrays.
         axes: Where each leaf has its batch axes.
     """
+    if path.spread:
+        return _on_each_device(values, each, path, tree, axes, summed=False)
+    tree = _with_own_share(tree, path.names)
     if path.whole:
         return _watched(each(with_logits(tree)))
     return _values(*_run(each, path, tree, axes))
@@ -57,6 +60,9 @@ def values(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axe
 
 def total(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]) -> Rows:
     """The sum over all examples."""
+    if path.spread:
+        return _on_each_device(total, each, path, tree, axes, summed=True)
+    tree = _with_own_share(tree, path.names)
     if path.whole:
         value, seen = _watched(each(with_logits(tree)))
         return jnp.sum(value), seen
@@ -66,6 +72,32 @@ def total(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes
 def with_logits(tree: Tree) -> Tree:
     """The same with every side's logits at hand."""
     return jax.tree.map(lambda x: x.project()[0] if _is_side(x) else x, tree, is_leaf=_is_side)
+
+
+def _on_each_device(
+    compute: Callable[..., Rows],
+    each: Callable[[Tree], Rows],
+    path: Path,
+    tree: Tree,
+    axes: tuple[Axes, ...],
+    *,
+    summed: bool,
+) -> Rows:
+    assert path.spread is not None
+    own = lambda tree: compute(each, path._replace(spread=None), tree, axes)  # noqa: E731
+    return devices.on_each(own, path.spread, tree, axes, summed=summed)
+
+
+def _with_own_share(tree: Tree, names: tuple[str, ...]) -> Tree:
+    """A shard's gradient to what all shards of a head share is a part of it: JAX adds up, once."""
+
+    def shared(x: Any) -> Any:
+        if not (_is_side(x) and x.has_kernel):
+            return x
+        held = set(names) & set(varying(jax.tree.leaves(x)))
+        return jax.tree.map(lambda leaf: vary(leaf, held), x)
+
+    return jax.tree.map(shared, tree, is_leaf=_is_side) if names else tree
 
 
 def _run(

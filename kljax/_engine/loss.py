@@ -18,7 +18,7 @@ from kljax._engine import linear, lowering
 from kljax._engine.blocks import aligned
 from kljax._engine.classes import Classes
 from kljax._engine.formula import Formula, Loss
-from kljax._engine.meshes import varying
+from kljax._engine.meshes import vary, varying
 from kljax._engine.rows import rows, rows_dot, together
 from kljax._engine.side import ABSENT, Rows, View, block_of, held
 from kljax._engine.states import RowState
@@ -256,9 +256,16 @@ def _apart(
     """
     ours = lambda side: side.array is None or side.normalizes(loss.temperature)  # noqa: E731
     given = [None if ours(side) else side for side in loss.sides]
-    wait = lambda seen, done: lax.optimization_barrier((seen, done))[0]  # noqa: E731
+    names = varying(jax.tree.leaves(done))
+    seen = jax.tree.map(lambda x: vary(x, names), (rows, given))
+
+    def wait(seen: tuple[Any, Any], done: Any) -> tuple[Any, Any]:
+        # Apart, for in jax 0.10 what goes through a barrier together varies over the same axes.
+        rows, given = (lax.optimization_barrier((part, done))[0] for part in seen)
+        return rows, given
+
     at_once = dict.fromkeys(but_on, lambda seen, _: seen)
-    rows, given = lax.platform_dependent((rows, given), done, default=wait, **at_once)
+    rows, given = lax.platform_dependent(seen, done, default=wait, **at_once)
     pairs = zip(loss.sides, given, strict=True)
     sides = tuple(side if later is None else later for side, later in pairs)
     return replace(loss, sides=sides), rows

@@ -3,25 +3,76 @@
 The mesh is read off the arrays' own types, so that it need not be set.
 """
 
+import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax import Array, lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+Names = str | tuple[str, ...] | None  # the mesh axes that an axis of an array is spread over
 
 
-def explicit(tree: Any) -> bool:
-    """Whether any array lies on a mesh with explicit axes."""
+class Spread(NamedTuple):
+    """How an array of the whole input's shape lies on a mesh of explicit axes."""
+
+    shape: tuple[int, ...]
+    axis: tuple[int, ...]  # of the classes
+    sharding: NamedSharding
+    apart: bool = False  # each device computes its own part, so that what is shared stays so
+
+    def lay(self, x: Array) -> Array:
+        """x, which has all axes of the whole, as the whole lies."""
+        if not self.apart:  # a select demands that its operands are spread alike
+            return spread(jnp.broadcast_to(x, self.shape), self.sharding)
+        pairs = zip(self.sharding.spec, x.shape, self.shape, strict=True)
+        spec = (name if n == whole else None for name, n, whole in pairs)
+        return spread(x, NamedSharding(self.sharding.mesh, PartitionSpec(*spec)))
+
+    @property
+    def rows(self) -> tuple[Names, ...]:
+        """The mesh axes of each axis of the batch."""
+        return tuple(name for i, name in enumerate(self.sharding.spec) if i not in self.axis)
+
+    @property
+    def classes(self) -> Names:
+        return self.sharding.spec[self.axis[0]]
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """The shape of what one device holds."""
+        sizes = self.sharding.mesh.shape
+        shards = (math.prod(sizes[n] for n in as_names(name)) for name in self.sharding.spec)
+        return tuple(n // count for n, count in zip(self.shape, shards, strict=True))
+
+
+def as_names(name: Names) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else tuple(name or ())
+
+
+def explicit(tree: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes that any array lies on."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def spec(x: Array) -> tuple[Names, ...]:
+    """The mesh axes that each axis is spread over."""
+    return tuple(jax.typeof(x).sharding.spec)
 
 
 def varying(leaves: Sequence[Array]) -> tuple[str, ...]:
     """The mesh axes that any of the arrays varies over inside `shard_map`."""
     names = (jax.typeof(x).manual_axis_type.varying for x in leaves)
     return tuple(sorted(frozenset().union(*names)))
+
+
+def vary(x: Array, names: Collection[str]) -> Array:
+    """x, known to vary over these mesh axes too."""
+    missing = tuple(name for name in names if name not in varying([x]))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def of_first(arrays: Sequence[Array]) -> NamedSharding | None:
@@ -44,6 +95,13 @@ def dropping(sharding: NamedSharding, axes: Collection[int]) -> NamedSharding:
 
 def spread(x: Array, sharding: NamedSharding | None) -> Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def along(x: Array, axis: int, name: Names, mesh: Mesh | AbstractMesh) -> Array:
+    """x, spread by this name along one axis, and along the others as it is."""
+    names = [None if set(as_names(n)) & set(as_names(name)) else n for n in spec(x)]
+    names[axis] = name
+    return spread(x, NamedSharding(mesh, PartitionSpec(*names)))
 
 
 def whole(x: Array) -> Array:

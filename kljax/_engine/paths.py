@@ -1,16 +1,18 @@
 """How a batch is computed: one table of how many bytes of logits a block may hold."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kljax._engine import checks, meshes
 from kljax._engine.blocks import Blocks, exactly, fitting, whole
 from kljax._engine.classes import Layout
-from kljax._engine.meshes import varying
+from kljax._engine.meshes import Names, Spread, as_names, varying
 from kljax._engine.side import Classed
 
 
@@ -80,6 +82,7 @@ class Path(NamedTuple):
     names: tuple[str, ...] = ()  # the mapped axes over which a block's classes are spread
     devices: int = 0  # of the mesh that is set
     exact: bool = False  # as asked for, on any number of devices
+    spread: Spread | None = None  # where each device computes a part of its own, cut as above
 
     @property
     def whole(self) -> bool:
@@ -117,20 +120,41 @@ def choose(
     Args:
         capturing: A term captures values, which may be of the batch's size.
     """
-    batch, classes = layout.batch, math.prod(layout.classes)
-    only_whole = _only_whole(layout, sides)
+    spread = None if capturing else _spread(layout, sides)
+    only_whole = None if spread else _only_whole(layout, sides)
     known = all(map(checks.is_known_size, layout.shape))
     checks.require_implementation(
         caller, implementation, Chunked, only_whole=only_whole, known=known
     )
+    at_once = implementation == "dense" or bool(only_whole) or not known
+    if spread is None:
+        return _cut(implementation, layout, sides, at_once, capturing)
+    own = Layout.of(spread.part, layout.axis, as_names(spread.classes))
+    if isinstance(implementation, Chunked):  # at a time on all devices together
+        devices = math.prod(layout.batch) // max(math.prod(own.batch), 1)
+        implementation = Chunked(max(implementation.rows // max(devices, 1), 1))
+    path = _cut(implementation, own, sides, at_once, capturing)
+    if path.whole and not any(side.has_kernel for side in sides):
+        return _as_one(layout)  # the compiler spreads elementwise work and sums as well
+    return path._replace(spread=spread, exact=True)
+
+
+def _cut(
+    implementation: Implementation | None,
+    layout: Layout,
+    sides: tuple[Classed, ...],
+    at_once: bool,
+    capturing: bool,
+) -> Path:
+    batch, classes = layout.batch, math.prod(layout.classes)
     if isinstance(implementation, Chunked):
         rows = exactly(batch, implementation.rows)
         return Path(rows, rows, rows, layout.names, exact=True)
     makes_classes = any(side.makes_classes for side in sides)
-    if implementation == "dense" or only_whole or not known or math.prod(layout.shape) == 0:
-        return all_at_once(batch)
+    if at_once or math.prod(layout.shape) == 0:
+        return _as_one(layout)
     if implementation is None and capturing and not makes_classes:
-        return all_at_once(batch)
+        return _as_one(layout)
     cpu, tpu, gpu = _CPU, None, None
     if implementation == "chunked":
         cpu, tpu, gpu = _CPU_CHUNKED, _ELSEWHERE_CHUNKED, _ELSEWHERE_CHUNKED
@@ -140,14 +164,15 @@ def choose(
         tpu = _TPU_TOP_K
     arrays = [side.array for side in sides if side.array is not None]
     itemsize = min((x.dtype.itemsize for x in arrays), default=4)
-    cut = partial(_blocks, batch, classes, itemsize)
+    blocks = partial(_blocks, batch, classes, itemsize)
     mesh = jax.sharding.get_abstract_mesh()
-    cuts = cut(cpu), cut(tpu), cut(gpu)
+    cuts = blocks(cpu), blocks(tpu), blocks(gpu)
     return Path(*cuts, layout.names, 0 if mesh.empty else mesh.size, exact=capturing)
 
 
-def all_at_once(batch: tuple[int, ...]) -> Path:
-    return Path(whole(batch), whole(batch), whole(batch))
+def _as_one(layout: Layout) -> Path:
+    cut = whole(layout.batch)
+    return Path(cut, cut, cut, layout.names)
 
 
 def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:
@@ -157,6 +182,29 @@ def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:
     if not set(layout.names) <= set(varying(jax.tree.leaves(sides))):
         return "classes over other axes than those of shard_map(check_vma=True)"
     return None
+
+
+def _spread(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
+    """How the batch lies on a mesh of which each device can compute its own part by itself."""
+    mesh = meshes.explicit(sides)
+    if mesh is None or layout.names or set(mesh.axis_types) != {AxisType.Explicit}:
+        return None
+    found: list[Names] = [None] * len(layout.shape)
+    specs, taken = [side.partition(layout) for side in sides], set()
+    for axes in (layout.batch_axes, layout.axis):
+        options = ([spec[axis] for axis in axes] for spec in specs)
+        free = (names for names in options if not taken & _all_names(names))
+        for axis, name in zip(axes, next(filter(any, free), ()), strict=False):
+            found[axis] = name
+        taken = _all_names(found)
+    if len(layout.axis) > 1 and any(found[axis] for axis in layout.axis):
+        return None  # they have no single number on a shard
+    sharding = NamedSharding(mesh, PartitionSpec(*found))
+    return Spread(layout.shape, layout.axis, sharding, apart=True)
+
+
+def _all_names(of: Iterable[Names]) -> set[str]:
+    return {name for names in of for name in as_names(names)}
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
 
 from kljax._engine import meshes, states
 from kljax._engine.classes import Axes, Classes, Layout, Shape
+from kljax._engine.meshes import Names, Spread
 from kljax._engine.states import RowState
 from kljax._engine.terms import log_difference, log_ratio_of_probs
 
@@ -82,6 +82,12 @@ class Classed(Distribution, ABC):
         """The same, as it goes with the other side and with the call's options; or an error."""
         return self
 
+    def partition(self, layout: Layout) -> Sequence[Names]:
+        """How its array over the classes lies, or would, on a mesh of explicit axes."""
+        if self.array is None or self.array.shape != layout.shape:
+            return (None,) * len(layout.shape)
+        return meshes.spec(self.array)
+
     def require_mass(self, caller: str, layout: Layout) -> None:
         """An error where it does not tell the mass of some class, and a loss needs that."""
 
@@ -91,7 +97,7 @@ class Classed(Distribution, ABC):
 
     @abstractmethod
     def place(
-        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+        self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> "Classed":
         """On the axes of the whole input; an axis that it lacks has the size 1.
 

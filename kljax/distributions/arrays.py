@@ -7,11 +7,11 @@ from typing import Any, Self, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from kljax._engine import checks, meshes, value_checks
+from kljax._engine import checks, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
+from kljax._engine.meshes import Spread
 from kljax._engine.side import Classed, Side, normalized, with_infinity
 from kljax._engine.states import RowState
 from kljax.distributions._pytree import pytree
@@ -40,12 +40,10 @@ class _OneArray(Classed):
         return temperature is not None
 
     def place(
-        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+        self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> Self:
         whole = layout.expand(self.array)
-        if spread is not None:
-            whole = meshes.spread(jnp.broadcast_to(whole, layout.shape), spread)
-        return self._with(whole)
+        return self._with(whole if spread is None else spread.lay(whole))
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
         return (layout.batch_axes,)

@@ -11,12 +11,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from kljax._engine import checks, value_checks
-from kljax._engine.blocks import aligned
+from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
+from kljax._engine.meshes import Names, Spread
 from kljax._engine.side import Classed, Pullback, Side, compute_dtype, held
 from kljax._engine.states import RowState
 from kljax.distributions._pytree import pytree
@@ -74,7 +73,7 @@ class Head(Classed):
         return replace(self, **parts, softcap=softcap, transposed=transposed)
 
     def shape(self, other: Shape) -> Shape:
-        return (*jnp.shape(self.hidden)[:-1], jnp.shape(self.kernel)[0 if self.transposed else 1])
+        return (*jnp.shape(self.hidden)[:-1], jnp.shape(self.kernel)[self._axis])
 
     def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
         checks.require_classes_last(caller, argument, layout)
@@ -83,21 +82,32 @@ class Head(Classed):
     def normalizes(self, temperature: Array | None) -> bool:
         return True
 
+    def partition(self, layout: Layout) -> Sequence[Names]:
+        *rows, _ = meshes.spec(held(self.hidden))
+        classes = meshes.spec(held(self.kernel))[self._axis]
+        return (*(None for _ in range(len(layout.batch) - len(rows))), *rows, classes)
+
+    @property
+    def _axis(self) -> int:
+        """The kernel's axis of classes."""
+        return 0 if self.transposed else 1
+
     def place(
-        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+        self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> Self:
         hidden, kernel, bias = held(self.hidden), self.kernel, self.bias
         if where is not None:  # nothing is read at classes that exist for no example
             exists = jnp.any(where, axis=tuple(range(where.ndim - 1)))
             bias = None if bias is None else jnp.where(exists, bias, 0)
-            kernel = jnp.where(jnp.expand_dims(exists, 1 if self.transposed else 0), kernel, 0)
+            kernel = jnp.where(jnp.expand_dims(exists, 1 - self._axis), kernel, 0)
         if hidden.ndim == len(layout.shape) and live is not None:
             hidden = jnp.where(live[..., None] | jnp.isfinite(hidden), hidden, 0)
         hidden = hidden.reshape((1,) * (len(layout.shape) - hidden.ndim) + hidden.shape)
-        placed = replace(self, hidden=hidden, kernel=kernel, bias=bias)
-        # A shard's gradient to what all share is a part of it; so JAX adds up the parts, once.
-        leaves, tree = jax.tree.flatten(placed)
-        return tree.unflatten(aligned(leaves, only=layout.names))
+        if spread is not None and spread.apart:
+            along = partial(meshes.along, name=spread.classes, mesh=spread.sharding.mesh)
+            kernel = along(held(kernel), self._axis)
+            bias = None if bias is None else along(held(bias), 0)
+        return replace(self, hidden=hidden, kernel=kernel, bias=bias)
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
         return (layout.per_example, *(None for _ in jax.tree.leaves(self)[1:]))
@@ -114,7 +124,7 @@ class Head(Classed):
         exists = jnp.ones(1, bool)
         if counted is not None:
             exists = jnp.any(counted, axis=tuple(range(counted.ndim - 1)))
-        of_classes = jnp.expand_dims(exists, 1 if self.transposed else 0)
+        of_classes = jnp.expand_dims(exists, 1 - self._axis)
         parts = {
             "hidden": (self.hidden, jnp.any(exists)),  # what does not count is no NaN once placed
             "kernel": (self.kernel, of_classes),

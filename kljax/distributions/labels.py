@@ -6,11 +6,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout
+from kljax._engine.meshes import Spread
 from kljax._engine.side import Classed, Side, held
 from kljax._engine.states import RowState
 from kljax.distributions._pytree import pytree
@@ -37,11 +37,11 @@ class Labels(Classed):
         return False
 
     def place(
-        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+        self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> Self:
         whole = jnp.expand_dims(held(self.labels), layout.axis)
         if spread is not None:  # there are no classes to spread over
-            whole = meshes.spread(whole, meshes.without(spread, layout.axis))
+            whole = meshes.spread(whole, meshes.without(spread.sharding, layout.axis))
         return type(self)(whole)
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:

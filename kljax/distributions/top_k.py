@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
+from kljax._engine.meshes import Spread
 from kljax._engine.picks import Few, Picked, picked
 from kljax._engine.side import Classed, Side, block_of, compute_dtype, held, with_infinity
 from kljax._engine.states import RowState
@@ -112,7 +112,7 @@ class TopK(Classed):
         return self.tail != "truncate"
 
     def place(
-        self, layout: Layout, where: Array | None, live: Array | None, spread: NamedSharding | None
+        self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> Self:
         rank = len(layout.batch)
 
@@ -122,7 +122,7 @@ class TopK(Classed):
             if spread is None:
                 return x
             x = jnp.broadcast_to(x, (*layout.batch, x.shape[-1]))
-            return meshes.spread(x, meshes.without(spread, layout.axis))
+            return meshes.spread(x, meshes.without(spread.sharding, layout.axis))
 
         tail = self.log_tail
         if tail is not None:
