@@ -92,12 +92,13 @@ def over_both(loss: Loss) -> Loss:
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P())
 
 
-def explicitly(loss: Loss) -> Loss:
+def explicitly(loss: Loss, **options: Any) -> Loss:
     """Arrays on a mesh of explicit axes, which `around` sets."""
 
     def run(x, y, weights):
-        spread = lambda z: jax.sharding.reshard(z, P("data"))  # noqa: E731
-        return loss(spread(x), spread(y), spread(weights))
+        spread = lambda z, *names: jax.sharding.reshard(z, P(*names))  # noqa: E731
+        both = spread(x, "data", "model"), spread(y, "data", "model")
+        return loss(*both, spread(weights, "data"), **options)
 
     return run
 
@@ -122,12 +123,16 @@ PATHS: dict[str, Callable[[Loss], Loss]] = {
     "classes over a mesh": over_classes,
     "both over a mesh": over_both,
     "an explicit mesh": explicitly,
+    "blocks on an explicit mesh": partial(explicitly, implementation=kljax.Chunked(rows=4)),
+    "heads on an explicit mesh": lambda loss: explicitly(from_heads(loss)),
     "vmap": mapped,
 }
 
 
 def around(path: str) -> Any:
     """The context that a path is called in."""
-    if path != "an explicit mesh":
+    if "explicit mesh" not in path:
         return nullcontext()
-    return jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)))
+    return jax.set_mesh(
+        jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    )

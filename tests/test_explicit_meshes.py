@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kljax
+from benchmarks import hlo
 from kljax import metrics
 from kljax.compat import gluon, keras, optax, torch, torchmetrics
 
@@ -120,3 +121,140 @@ def test_no_logits_are_gathered():
         text = jax.jit(lambda x: kljax.forward_kl(x, FEW)).lower(x).compile().as_text()
     moved = [line for line in text.splitlines() if "all-gather" in line or "all-to-all" in line]
     assert not [line for line in moved if "16,16]" in line]
+
+
+# How hidden states and kernels of the student lie, then those of a teacher whose kernel is
+# transposed, (classes, features).
+HEADS = {
+    "examples": (("d",), (), ("d",), ()),
+    "kernels in parts": (("d",), ("d",), ("d",), (None, "d")),
+    "classes, and kernels in parts": (("d",), ("d", "m"), ("d",), ("m", "d")),
+    "tokens": (("d", "m"), ("m",), ("d",), ()),
+    "examples over both": ((("d", "m"),), (None, "m"), ("d",), ()),
+    "features": ((None, None, "d"), ("m",), ("d",), ("m",)),
+    "classes over what has examples": (("d",), (None, "d"), ("d",), ("d",)),
+    "nothing": ((), (), (), ()),
+}
+TOKENS = jnp.arange(32).reshape(8, 4)
+
+
+def student_and_teacher():
+    shapes = (8, 4, 4), (4, 16), (8, 4, 8), (16, 8)
+    return [jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def of_heads(how, implementation, h, k, g, w):
+    student, teacher = kljax.Head(h, k, softcap=5.0), kljax.Head(g, w, transposed=True)
+    options = {"implementation": implementation, "weights": TOKENS % 3}
+    match how:
+        case "per example":
+            return jnp.sum(jnp.sin(kljax.forward_kl(student, teacher, temperature=2.0, **options)))
+        case "distillation":
+            return kljax.distillation_loss(
+                student, teacher, TOKENS % 16, hard_weight=0.3, where=LABELS != 3, **options
+            )[0]
+        case "a shared side":
+            shared = kljax.LogProbs(jax.nn.log_softmax(Y[0]))
+            return kljax.jensen_shannon(student, shared, reduction="mean", **options)
+        case "few classes":
+            few = kljax.top_k(teacher, 3)
+            return kljax.forward_kl(student, few, reduction="batchmean", **options)
+
+
+@pytest.mark.slow(
+    but=[
+        "classes, and kernels in parts-distillation",
+        "kernels in parts-per example",
+        "tokens-a shared side",
+    ]
+)
+@pytest.mark.parametrize("how", ["per example", "distillation", "a shared side", "few classes"])
+@pytest.mark.parametrize("lie", HEADS)
+def test_heads(lie, how):
+    """However they lie, values and gradients are those of one device, and lie as they do."""
+    mesh = jax.make_mesh((2, 4), ("d", "m"))
+    given, cut = student_and_teacher(), how in ("per example", "a shared side")
+    implementation = kljax.Chunked(rows=5) if cut else None
+    loss = jax.jit(
+        jax.value_and_grad(lambda *args: of_heads(how, implementation, *args), (0, 1, 2))
+    )
+    want = loss(*given)
+    with jax.set_mesh(mesh):
+        spread = [
+            jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+            for x, spec in zip(given, HEADS[lie], strict=True)
+        ]
+        got = loss(*spread)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    for slope, x in zip(got[1], spread, strict=False):
+        assert slope.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+def test_no_logits_of_heads_are_held(is_set):
+    """In blocks, a device holds a small part of them; kernels in parts are gathered once."""
+    mesh = jax.make_mesh((8,), ("d",))
+    shapes = (16384, 16), (16, 8000), (16384, 16), (16, 8000)
+    on = NamedSharding(mesh, PartitionSpec("d"))
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on) for shape in shapes]
+
+    def loss(h, k, g, w):
+        return kljax.forward_kl(kljax.Head(h, k), kljax.Head(g, w), reduction="mean")
+
+    with jax.set_mesh(mesh) if is_set else nullcontext():
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given).compile()
+    logits_of_a_device = 4 * 16384 * 8000 / 8
+    assert program.memory_analysis().temp_size_in_bytes < logits_of_a_device
+    counts = hlo.count(program.as_text())
+    assert max(counts.loops) > 1
+    assert {name: len(of) for name, of in counts.collectives.items()} == {
+        "all-gather": 2,
+        "all-reduce": 1,
+        "reduce-scatter": 1,
+    }
+    assert all(times == 1 for of in counts.collectives.values() for _, times in of)
+
+
+def test_second_derivatives_of_heads():
+    mesh, (h, k, g, w) = jax.make_mesh((8,), ("d",)), student_and_teacher()
+
+    def product(h, k, g):
+        loss = lambda h, k: kljax.reverse_kl(  # noqa: E731
+            kljax.Head(h, k),
+            kljax.Head(g, w, transposed=True),
+            reduction="sum",
+            implementation=kljax.Chunked(rows=12),
+        )
+        return jax.jvp(jax.grad(loss, (0, 1)), (h, k), (jnp.cos(h), jnp.sin(k)))[1]
+
+    want = jax.jit(product)(h, k, g)
+    with jax.set_mesh(mesh):
+        spread = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("d"))) for x in (h, g)]
+        got = jax.jit(product)(spread[0], k, spread[1])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_axes_that_the_compiler_manages():
+    """Beside explicit ones."""
+    kinds = AxisType.Explicit, AxisType.Auto
+    mesh, given = jax.make_mesh((2, 4), ("d", "m"), axis_types=kinds), student_and_teacher()
+    loss = jax.value_and_grad(lambda *args: of_heads("distillation", None, *args))
+    want = jax.jit(loss)(*given)
+    with jax.set_mesh(mesh):
+        on = NamedSharding(mesh, PartitionSpec("d"))
+        got = jax.jit(loss)(*(jax.device_put(x, on) for x in given))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_what_is_not_cut():
+    mesh = jax.make_mesh((8,), ("d",))
+    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("d")))
+    factor = Y[0, 0]
+    capturing = kljax.divergence(lambda s, t: factor * kljax.term_kl(t, s))
+    with pytest.raises(
+        ValueError, match="serve chunked; got a mesh with explicit axes, and a term"
+    ):
+        capturing(x, Y, implementation="chunked")

@@ -69,3 +69,30 @@ def test_few_classes_on_a_mesh(rng, axis_type):
         got = of_all(jax.device_put(hidden, NamedSharding(mesh, PartitionSpec("batch"))))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("shared", [kljax.LogProbs, kljax.Probs], ids=lambda kind: kind.__name__)
+def test_a_shared_side_in_blocks_of_a_shard(rng, shared):
+    """Taken at its word, and the same for all examples, which vary over the mesh."""
+    hidden, kernel = (jnp.asarray(rng.normal(size=z), jnp.float32) for z in ((16, 3), (3, 4)))
+    given = jax.nn.softmax(jnp.arange(4.0))
+    given = jnp.log(given) if shared is kljax.LogProbs else given
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+
+    def loss(hidden, kernel, given, **options):
+        rows = kljax.Chunked(rows=1)
+        side = kljax.Head(hidden, kernel)
+        return kljax.reverse_kl(
+            side, shared(given), reduction="mean", implementation=rows, **options
+        )
+
+    spread = jax.shard_map(
+        lambda *args: loss(*args, axis_name="batch"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("batch"), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    want = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(hidden, kernel, given)
+    got = jax.jit(jax.value_and_grad(spread, (0, 1, 2)))(hidden, kernel, given)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)

@@ -58,6 +58,7 @@ def on_each(
     run = jax.shard_map(
         on_one,
         mesh=mesh,
+        axis_names=meshes.explicit_axes(mesh),
         in_specs=tuple(specs),
         out_specs=(PartitionSpec() if summed else batch, batch),
     )

@@ -58,6 +58,11 @@ def explicit(tree: Any) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
+def explicit_axes(mesh: Mesh | AbstractMesh) -> set[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
 def spec(x: Array) -> tuple[Names, ...]:
     """The mesh axes that each axis is spread over."""
     return tuple(jax.typeof(x).sharding.spec)

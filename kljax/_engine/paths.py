@@ -121,7 +121,7 @@ def choose(
         capturing: A term captures values, which may be of the batch's size.
     """
     spread = None if capturing else _spread(layout, sides)
-    only_whole = None if spread else _only_whole(layout, sides)
+    only_whole = None if spread else _only_whole(layout, sides, capturing)
     known = all(map(checks.is_known_size, layout.shape))
     checks.require_implementation(
         caller, implementation, Chunked, only_whole=only_whole, known=known
@@ -175,10 +175,11 @@ def _as_one(layout: Layout) -> Path:
     return Path(cut, cut, cut, layout.names)
 
 
-def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:
+def _only_whole(layout: Layout, sides: tuple[Classed, ...], capturing: bool) -> str | None:
     """Why the batch cannot be cut, if it cannot."""
     if meshes.explicit(sides):
-        return "a mesh with explicit axes"
+        also = "a term that captures values" if capturing else "axes that are mapped by hand"
+        return f"a mesh with explicit axes, and {also}"
     if not set(layout.names) <= set(varying(jax.tree.leaves(sides))):
         return "classes over other axes than those of shard_map(check_vma=True)"
     return None
@@ -187,7 +188,7 @@ def _only_whole(layout: Layout, sides: tuple[Classed, ...]) -> str | None:
 def _spread(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
     """How the batch lies on a mesh of which each device can compute its own part by itself."""
     mesh = meshes.explicit(sides)
-    if mesh is None or layout.names or set(mesh.axis_types) != {AxisType.Explicit}:
+    if mesh is None or layout.names or AxisType.Manual in mesh.axis_types:
         return None
     found: list[Names] = [None] * len(layout.shape)
     specs, taken = [side.partition(layout) for side in sides], set()
