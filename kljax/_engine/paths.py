@@ -21,7 +21,8 @@ class Chunked:
     """Compute so many examples at a time.
 
     Args:
-        rows: How many; the last block takes what is left.
+        rows: How many, of all devices together; the last block takes what is left. Inside
+            `shard_map`, of each device.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -179,6 +180,7 @@ def _only_whole(layout: Layout, sides: tuple[Classed, ...], capturing: bool) -> 
     """Why the batch cannot be cut, if it cannot."""
     if meshes.explicit(sides):
         also = "a term that captures values" if capturing else "axes that are mapped by hand"
+        also = "several axes of classes" if len(layout.axis) > 1 else also
         return f"a mesh with explicit axes, and {also}"
     if not set(layout.names) <= set(varying(jax.tree.leaves(sides))):
         return "classes over other axes than those of shard_map(check_vma=True)"
