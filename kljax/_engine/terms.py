@@ -5,6 +5,7 @@ log-probability of -inf. NaN is never hidden: a zero rule applies to zeros and i
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -195,10 +196,16 @@ def _probability_difference_jvp(primals, tangents):
 def expm1_minus(d: Array, bound: float = _SERIES_BOUND) -> Array:
     """exp(d) - 1 - d for |d| below 1/2 or 1/8, by its Taylor series to the dtype's last bits."""
     last = {0.5: (9, 17), 0.125: (5, 12)}[bound][d.dtype == jnp.float64]
-    total = jnp.full_like(d, 1 / math.factorial(last))
-    for n in range(last - 1, 1, -1):
-        total = total * d + 1 / math.factorial(n)
-    return total * (d * d)
+    return _polynomial([1 / math.factorial(n) for n in range(2, last + 1)], d) * (d * d)
+
+
+def _polynomial(coefficients: Sequence[float | Array], x: Array) -> Array:
+    """Σ c_n x^n, from c_0 on, by Horner's rule."""
+    *lower, last = coefficients
+    total: Array = jnp.full_like(x, last) if isinstance(last, float) else last
+    for coefficient in reversed(lower):
+        total = total * x + coefficient
+    return total
 
 
 @jax.custom_jvp
@@ -488,13 +495,8 @@ def _mixture_series(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 def _taylor(series: np.ndarray, share: Array, x: Array) -> Array:
     """l (1 - l) x² times the series at the share l, and x."""
     columns = series.T.reshape(*series.T.shape, *[1] * share.ndim)
-    *lower, coefficients = jnp.asarray(columns, x.dtype)
-    for column in reversed(lower):
-        coefficients = coefficients * share[None] + column
-    *lower, total = (share * (1 - share))[None] * coefficients
-    for coefficient in reversed(lower):
-        total = total * x + coefficient
-    return total * (x * x)
+    coefficients = _polynomial(list(jnp.asarray(columns, x.dtype)), share[None])
+    return _polynomial(list((share * (1 - share))[None] * coefficients), x) * (x * x)
 
 
 class _Seen(NamedTuple):
@@ -538,7 +540,5 @@ def log1p_minus(z: Array) -> Array:
     s = z / (2 + z)
     square = s * s
     last = 31 if z.dtype == jnp.float64 else 13
-    total = jnp.full_like(z, 2 / last)
-    for n in range(last - 2, 1, -2):
-        total = total * square + 2 / n
-    return s * (total * square - z)
+    series = _polynomial([2 / n for n in range(3, last + 1, 2)], square)
+    return s * (series * square - z)
