@@ -350,7 +350,8 @@ def _each_example(of: _Examples) -> tuple[Array, _Seen]:
     """The loss of each example of a block, and what to log: both from the same logits."""
     at_temperature, at_one, best = _rows(of)
     student, teacher, *labels = of.sides
-    student = wide(student)  # the gradients of both terms are added before they are rounded
+    if not isinstance(teacher, TopK):  # whose gradient is entries set in an array of this dtype
+        student = wide(student)  # the gradients of both terms are added before they are rounded
     soft = Loss(of.formula, (student, teacher), of.classes, of.temperature, of.params)
     soft = replace(soft, rows=_given(at_temperature))
     loss = none = jnp.zeros_like(of.soft_factor)

@@ -64,7 +64,7 @@ _CPU_HEAD = _Budget(1 / 16, _MIB // 4, 32 * _MIB, 4 * _MIB, least_rows=128)
 _ELSEWHERE_HEAD = _Budget(1, 64 * _MIB, 1024 * _MIB, 256 * _MIB)
 # A TPU sets entries of a flat copy, which in a block of this size stays beside the processor, on
 # the v7x with half the room too.
-_TPU_TOP_K = _Budget(1, 32 * _MIB, 48 * _MIB, 48 * _MIB)
+_TPU_TOP_K = _Budget(1, 16 * _MIB, 24 * _MIB, 24 * _MIB)
 # Asked for by name, where arrays would go at once.
 _CPU_CHUNKED = _CPU._replace(at_once=_MIB)
 _ELSEWHERE_CHUNKED = _Budget(1, _MIB, 64 * _MIB, 4 * _MIB)

@@ -133,6 +133,25 @@ def test_heads_on_sixteen_chips(target, how):
 
 
 @pytest.mark.aot
+def test_distillation_from_few_classes(target):
+    """With labels and metrics; on TPU the entries are set in a copy that no memory holds."""
+    shapes = [(4096, 128256), (4096, 64), (4096, 64), (4096,)]
+    kinds = [jnp.bfloat16, jnp.int32, jnp.float32, jnp.float32]
+    structs = [jax.ShapeDtypeStruct(x, kind) for x, kind in zip(shapes, kinds, strict=True)]
+
+    def loss(s, indices, log_probs, log_tail):
+        few = kljax.TopK(indices, log_probs, log_tail, temperature=2.0)
+        labels = indices[:, 0]
+        return kljax.distillation_loss(s, few, labels, hard_weight=0.5, temperature=2.0)[0]
+
+    given = targets.on_one(target, structs)
+    counts, temporaries = compiled(jax.value_and_grad(loss), *given)
+    assert counts.bytes / SIZE <= 9.2
+    assert counts.largest <= SIZE
+    assert temporaries <= STORED[targets.TARGETS[target].platform]
+
+
+@pytest.mark.aot
 def test_heads_on_one_chip(target):
     """A few turns, and about the memory of both sides' logits in bfloat16."""
     if targets.TARGETS[target].platform != "tpu":
