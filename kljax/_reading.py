@@ -24,7 +24,7 @@ ClassAxisName = str | Iterable[str]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["sides", "where", "temperature"],
-    meta_fields=["caller", "arguments", "layout", "spread"],
+    meta_fields=["caller", "arguments", "layout", "per_device"],
 )
 @dataclass(frozen=True)
 class Inputs:
@@ -36,14 +36,14 @@ class Inputs:
     sides: tuple[Classed, ...]
     where: Array | None
     temperature: Array | None
-    spread: Spread | None = None  # where each device of a mesh computes its own part
+    per_device: Spread | None = None  # where each device of a mesh computes its own part
 
     def on(self, path: Path) -> "Inputs":
         """As they are placed for this path."""
-        if path.spread is None:
+        if path.per_device is None:
             return self
         layout = self.layout._replace(names=path.names)
-        return replace(self, layout=layout, spread=path.spread)
+        return replace(self, layout=layout, per_device=path.per_device)
 
     def also(self, argument: str, given: Given) -> "Inputs":
         """With one more side, which has to go with the others."""
@@ -61,7 +61,7 @@ class Inputs:
             counted: Of each side, the weights under which it is read: nothing is at weight 0.
         """
         layout, where, temperature = self.layout, self.where, self.temperature
-        spread = self.spread or self._as_whole()
+        spread = self.per_device or self._as_whole()
         live = [None if weights is None else weights.astype(bool) for weights in counted]
         sides = tuple(
             side.place(layout, where, own, spread)

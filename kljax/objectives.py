@@ -16,7 +16,7 @@ from kljax._engine import blockwise, captures, checks, paths, value_checks
 from kljax._engine.classes import Classes
 from kljax._engine.formula import Formula, Loss
 from kljax._engine.paths import Implementation, Path
-from kljax._engine.side import Classed, Rows, compute_dtype, held, in_axes, wide
+from kljax._engine.side import Classed, Rows, block_of, compute_dtype, held, in_axes, wide
 from kljax._engine.states import RowState
 from kljax._engine.terms import nan_unless
 from kljax._making import bound
@@ -348,6 +348,7 @@ def _examples(path: Path, inputs: Inputs, terms: _Terms) -> _Examples:
 
 def _each_example(of: _Examples) -> tuple[Array, _Seen]:
     """The loss of each example of a block, and what to log: both from the same logits."""
+    of = replace(of, sides=_with_rows(of.sides, of.temperature))
     at_temperature, at_one, best = _rows(of)
     student, teacher, *labels = of.sides
     if not isinstance(teacher, TopK):  # whose gradient is entries set in an array of this dtype
@@ -375,6 +376,14 @@ def _each_example(of: _Examples) -> tuple[Array, _Seen]:
     return loss, _Seen(
         seen_soft, seen_plain, seen_hard, same, jnp.broadcast_to(entropy, loss.shape)
     )
+
+
+def _with_rows(sides: tuple[Classed, ...], temperature: Array | None) -> tuple[Classed, ...]:
+    """What all examples share becomes a row of each, where each has its own temperature."""
+    if temperature is None or not temperature.ndim:
+        return sides
+    whole = partial(jnp.broadcast_to, shape=block_of(sides).shape)
+    return tuple(side if side.array is None else jax.tree.map(whole, side) for side in sides)
 
 
 _States = tuple[RowState | None, ...]

@@ -158,7 +158,7 @@ def _read(
         class_axis_name=class_axis_name,
     )
     (side,), layout = teacher.sides, teacher.layout
-    sharding = meshes.of_first([x for x in jax.tree.leaves(side) if x.shape == layout.shape])
+    sharding = None if side.array is None else meshes.of_first([side.array])
     if sharding is not None:
         checks.require_whole_classes(caller, "logits", meshes.spreads(sharding, layout.axis))
     return teacher

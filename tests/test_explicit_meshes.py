@@ -258,3 +258,70 @@ def test_what_is_not_cut():
         ValueError, match="serve chunked; got a mesh with explicit axes, and a term"
     ):
         capturing(x, Y, implementation="chunked")
+
+
+HIDDEN, CLASSES = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((8, 8), (8, 16)))
+TEACHER = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
+# Of hidden states, a kernel and a teacher's logits, how each lies, and the loss.
+UNEVEN = {
+    "a mask that lies as the teacher": (
+        (("d",), ("m",), ("d", "m")),
+        lambda h, k, t: kljax.forward_kl(kljax.Head(h, k), t, where=t > -2, reduction="sum"),
+    ),
+    "a mask spread otherwise than the kernel": (
+        (("d",), (None, "m"), (None, "d")),
+        lambda h, k, t: kljax.forward_kl(kljax.Head(h, k), t, where=t[0] > -1, reduction="sum"),
+    ),
+    "weights over another axis": (
+        (("d",), (), ("m",)),
+        lambda h, k, t: kljax.reverse_kl(
+            kljax.Head(h, k), TEACHER, weights=t[:, 0] > 0, reduction="sum"
+        ),
+    ),
+    "shared logits": (
+        (("d",), ("d",), ()),
+        lambda h, k, t: kljax.forward_kl(kljax.Head(h, k), t[0], reduction="mean"),
+    ),
+    "the kernel of the batch's shape": (
+        (("d",), (None, "m"), ("d",)),
+        lambda h, k, t: kljax.forward_kl(t, kljax.top_k(kljax.Head(h, k), 3), reduction="mean"),
+    ),
+    "a teacher of few classes alone": (
+        ((), (), ("d",)),
+        lambda h, k, t: kljax.reverse_kl(TEACHER * h[0, 0], kljax.top_k(t, 3), reduction="mean"),
+    ),
+    "each example mapped": (
+        (("d", "m"), (), ("d",)),
+        lambda h, k, t: jax.vmap(lambda h, t: kljax.kl(kljax.Head(h, k), t))(h, t).sum(),
+    ),
+    "examples mapped": (
+        (("d",), (), ("d",)),
+        lambda h, k, t: jax.vmap(
+            lambda h, t: kljax.kl(kljax.Head(h[None], k), t[None], reduction="mean")
+        )(h, t).sum(),
+    ),
+}
+
+
+@pytest.mark.slow(but=["shared logits", "examples mapped", "the kernel of the batch's shape"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_heads_beside_what_lies_otherwise(name):
+    mesh = jax.make_mesh((2, 4), ("d", "m"))
+    specs, program = UNEVEN[name]
+    loss, given = jax.jit(jax.value_and_grad(program, (0, 1, 2))), (HIDDEN, CLASSES, TEACHER)
+    want = loss(*given)
+    with jax.set_mesh(mesh):
+        pairs = zip(given, specs, strict=True)
+        got = loss(*(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*s))) for x, s in pairs))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_no_examples():
+    mesh = jax.make_mesh((8,), ("d",))
+    on = NamedSharding(mesh, PartitionSpec("d"))
+    hidden, teacher = (jax.device_put(jnp.ones((0, n)), on) for n in (8, 16))
+    loss = lambda h, k, t: kljax.forward_kl(kljax.Head(h, k), t, reduction="mean")  # noqa: E731
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(hidden, CLASSES, teacher)
+    assert value == 0
+    assert not np.any(slopes[1])

@@ -633,3 +633,15 @@ def test_the_library_compiles_it_as_a_whole(caplog):
             compiled.append([r.getMessage() for r in caplog.records if "Compiling" in r.message])
         assert any("_distill" in message for message in compiled[0])
         assert not compiled[1]
+
+
+def test_a_shared_teacher_and_a_temperature_per_example(rng):
+    x, teacher = (jnp.asarray(rng.normal(size=z), jnp.float32) for z in ((3, 5), (5,)))
+    options = {"temperature": jnp.array([1.0, 2.0, 3.0]), "labels": jnp.arange(3)}
+
+    def loss(teacher):
+        return kljax.distillation_loss(x, teacher, hard_weight=0.5, **options)
+
+    got, want = loss(teacher), loss(jnp.broadcast_to(teacher, x.shape))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b)

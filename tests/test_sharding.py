@@ -96,3 +96,18 @@ def test_a_shared_side_in_blocks_of_a_shard(rng, shared):
     got = jax.jit(jax.value_and_grad(spread, (0, 1, 2)))(hidden, kernel, given)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close(a, b)
+
+
+def test_shared_logits_beside_those_of_a_shard(rng):
+    x, y = (jnp.asarray(rng.normal(size=z), jnp.float32) for z in ((16, 4), (4,)))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(
+        lambda *args: kljax.forward_kl(*args, reduction="mean", axis_name="batch"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("batch"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    want = jax.grad(lambda *args: kljax.forward_kl(*args, reduction="mean"), (0, 1))(x, y)
+    got = jax.jit(jax.grad(spread, (0, 1)))(x, y)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b)

@@ -50,9 +50,9 @@ def values(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axe
         tree: A pytree of sides and other arrays.
         axes: Where each leaf has its batch axes.
     """
-    if path.spread:
+    if path.per_device:
         return _on_each_device(values, each, path, tree, axes, summed=False)
-    tree = _with_own_share(tree, path.names)
+    tree = _varying_alike(tree, path.names)
     if path.whole:
         return _watched(each(with_logits(tree)))
     return _values(*_run(each, path, tree, axes))
@@ -60,9 +60,9 @@ def values(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axe
 
 def total(each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]) -> Rows:
     """The sum over all examples."""
-    if path.spread:
+    if path.per_device:
         return _on_each_device(total, each, path, tree, axes, summed=True)
-    tree = _with_own_share(tree, path.names)
+    tree = _varying_alike(tree, path.names)
     if path.whole:
         value, seen = _watched(each(with_logits(tree)))
         return jnp.sum(value), seen
@@ -83,28 +83,34 @@ def _on_each_device(
     *,
     summed: bool,
 ) -> Rows:
-    assert path.spread is not None
-    own = lambda tree: compute(each, path._replace(spread=None), tree, axes)  # noqa: E731
-    return devices.on_each(own, path.spread, tree, axes, summed=summed)
+    assert path.per_device is not None
+    own = lambda tree: compute(each, path._replace(per_device=None, on_one=True), tree, axes)  # noqa: E731
+    return devices.on_each(own, path.per_device, tree, axes, summed=summed)
 
 
-def _with_own_share(tree: Tree, names: tuple[str, ...]) -> Tree:
-    """A shard's gradient to what all shards of a head share is a part of it: JAX adds up, once."""
+def _varying_alike(tree: Tree, names: tuple[str, ...]) -> Tree:
+    """Inside `shard_map`, all leaves known to vary over the mesh axes that any of them does.
 
-    def shared(x: Any) -> Any:
+    Over those of the classes, by `names`, only a head's parts are: of what its shards share each
+    makes a part of the gradient. So JAX adds up the parts, once.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    tree = treedef.unflatten(aligned(leaves, names))
+
+    def of_head(x: Any) -> Any:
         if not (_is_side(x) and x.has_kernel):
             return x
-        held = set(names) & set(varying(jax.tree.leaves(x)))
-        return jax.tree.map(lambda leaf: vary(leaf, held), x)
+        own = set(names) & set(varying(jax.tree.leaves(x)))
+        return jax.tree.map(lambda leaf: vary(leaf, own), x)
 
-    return jax.tree.map(shared, tree, is_leaf=_is_side) if names else tree
+    return jax.tree.map(of_head, tree, is_leaf=_is_side) if names else tree
 
 
 def _run(
     each: Callable[[Tree], Rows], path: Path, tree: Tree, axes: tuple[Axes, ...]
 ) -> tuple[Run, Leaves]:
     leaves, treedef = jax.tree.flatten(tree)
-    return Run(each, path, treedef, axes), aligned(leaves, path.names)
+    return Run(each, path, treedef, axes), leaves
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -367,7 +373,7 @@ def _where_it_runs(
         cut = cut._replace(neighbours=devices == 1, cut_once=platform == "cpu")
         return partial(compute, cut)
 
-    if path.names or varying(args):  # what is mapped by hand is on one device
+    if path.on_one or path.names or varying(args):  # what is mapped by hand is on one device
         platforms = {name: on(name, 1) for name in ("cpu", "tpu")}
         return lax.platform_dependent(*args, default=on("cuda", 1), **platforms)
     if like is not None:
@@ -393,7 +399,7 @@ def _per_example(run: Run, leaves: Any) -> list[Axes]:
 
 def _unless_named(run: Run, leaves: Leaves, like: Any) -> Any:
     """What the derivative is like, where no named axes need be in scope to trace it."""
-    return None if run.path.names or varying(leaves) else like
+    return None if run.path.on_one or run.path.names or varying(leaves) else like
 
 
 def _is_row(run: Run, leaves: Any, i: int) -> bool:

@@ -55,10 +55,13 @@ def on_each(
     laid = [
         meshes.spread(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True)
     ]
+    # Beside axes that the compiler manages the explicit ones are named; all there are need not be,
+    # of which `vmap` may have taken one.
+    some = meshes.explicit_axes(mesh)
     run = jax.shard_map(
         on_one,
         mesh=mesh,
-        axis_names=meshes.explicit_axes(mesh),
+        axis_names=set() if some == set(mesh.axis_names) else some,
         in_specs=tuple(specs),
         out_specs=(PartitionSpec() if summed else batch, batch),
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-Names = str | tuple[str, ...] | None  # the mesh axes that an axis of an array is spread over
+Names = str | tuple[str, ...] | None  # the mesh axes that one axis of an array is spread over
 
 
 class Spread(NamedTuple):
@@ -21,11 +21,13 @@ class Spread(NamedTuple):
     shape: tuple[int, ...]
     axis: tuple[int, ...]  # of the classes
     sharding: NamedSharding
-    apart: bool = False  # each device computes its own part, so that what is shared stays so
+    # Whether each device computes its own part by itself. Otherwise a select demands that its
+    # operands are spread alike, and so that what is shared is broadcast first.
+    per_device: bool = False
 
     def lay(self, x: Array) -> Array:
         """x, which has all axes of the whole, as the whole lies."""
-        if not self.apart:  # a select demands that its operands are spread alike
+        if not self.per_device:
             return spread(jnp.broadcast_to(x, self.shape), self.sharding)
         pairs = zip(self.sharding.spec, x.shape, self.shape, strict=True)
         spec = (name if n == whole else None for name, n, whole in pairs)

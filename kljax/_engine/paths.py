@@ -22,7 +22,7 @@ class Chunked:
 
     Args:
         rows: How many, of all devices together; the last block takes what is left. Inside
-            `shard_map`, of each device.
+            ``shard_map``, of each device.
 
     Example:
         >>> import jax.numpy as jnp, kljax
@@ -82,9 +82,10 @@ class Path(NamedTuple):
     tpu: Blocks
     gpu: Blocks  # and what we do not know
     names: tuple[str, ...] = ()  # the mapped axes over which a block's classes are spread
-    devices: int = 0  # of the mesh that is set
+    devices: int = 0  # of the mesh that is set; unused where each computes a part of its own
     exact: bool = False  # as asked for, on any number of devices
-    spread: Spread | None = None  # where each device computes a part of its own, cut as above
+    per_device: Spread | None = None  # where each device computes a part of its own, cut as above
+    on_one: bool = False  # and then there
 
     @property
     def whole(self) -> bool:
@@ -122,23 +123,39 @@ def choose(
     Args:
         capturing: A term captures values, which may be of the batch's size.
     """
-    spread = None if capturing else _spread(layout, sides)
-    only_whole = None if spread else _only_whole(layout, sides, capturing)
     known = all(map(checks.is_known_size, layout.shape))
+    empty = known and math.prod(layout.shape) == 0
+    spread = None if capturing or empty else _per_device(layout, sides)
+    only_whole = None if spread or empty else _only_whole(layout, sides, capturing)
     checks.require_implementation(
         caller, implementation, Chunked, only_whole=only_whole, known=known
     )
-    at_once = implementation == "dense" or bool(only_whole) or not known
+    at_once = implementation == "dense" or bool(only_whole) or empty or not known
     if spread is None:
         return _cut(implementation, layout, sides, at_once, capturing)
+    return _cut_of_device(implementation, layout, sides, at_once, spread)
+
+
+def _cut_of_device(
+    implementation: Implementation | None,
+    layout: Layout,
+    sides: tuple[Classed, ...],
+    at_once: bool,
+    spread: Spread,
+) -> Path:
+    """One device's part cut; or the whole batch as it is, which compilers spread as well."""
+    makes_classes = any(side.makes_classes for side in sides)
+    # Where nothing is spread `vmap` may have taken the axis, over which JAX maps no loop.
+    is_spread = any(any(meshes.spec(x)) for x in jax.tree.leaves(sides))
+    known_apart = is_spread or spread.sharding.mesh.size == 1
+    if implementation is None and not (makes_classes and known_apart):
+        return _as_one(layout)
     own = Layout.of(spread.part, layout.axis, as_names(spread.classes))
     if isinstance(implementation, Chunked):  # at a time on all devices together
-        devices = math.prod(layout.batch) // max(math.prod(own.batch), 1)
-        implementation = Chunked(max(implementation.rows // max(devices, 1), 1))
-    path = _cut(implementation, own, sides, at_once, capturing)
-    if path.whole and not any(side.has_kernel for side in sides):
-        return _as_one(layout)  # the compiler spreads elementwise work and sums as well
-    return path._replace(spread=spread, exact=True)
+        devices = math.prod(layout.batch) // math.prod(own.batch)
+        implementation = Chunked(max(implementation.rows // devices, 1))
+    path = _cut(implementation, own, sides, at_once, capturing=False)
+    return _as_one(layout) if path.whole and not makes_classes else path._replace(per_device=spread)
 
 
 def _cut(
@@ -153,7 +170,7 @@ def _cut(
         rows = exactly(batch, implementation.rows)
         return Path(rows, rows, rows, layout.names, exact=True)
     makes_classes = any(side.makes_classes for side in sides)
-    if at_once or math.prod(layout.shape) == 0:
+    if at_once:
         return _as_one(layout)
     if implementation is None and capturing and not makes_classes:
         return _as_one(layout)
@@ -188,8 +205,12 @@ def _only_whole(layout: Layout, sides: tuple[Classed, ...], capturing: bool) -> 
     return None
 
 
-def _spread(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
-    """How the batch lies on a mesh of which each device can compute its own part by itself."""
+def _per_device(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
+    """How the whole lies where each device can compute its own part: as one of the sides does.
+
+    The first side that is spread along the batch decides for the batch, and the first that is
+    spread along the classes, over other mesh axes, for the classes.
+    """
     mesh = meshes.explicit(sides)
     if mesh is None or layout.names or AxisType.Manual in mesh.axis_types:
         return None
@@ -204,11 +225,11 @@ def _spread(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
     if len(layout.axis) > 1 and any(found[axis] for axis in layout.axis):
         return None  # they have no single number on a shard
     sharding = NamedSharding(mesh, PartitionSpec(*found))
-    return Spread(layout.shape, layout.axis, sharding, apart=True)
+    return Spread(layout.shape, layout.axis, sharding, per_device=True)
 
 
-def _all_names(of: Iterable[Names]) -> set[str]:
-    return {name for names in of for name in as_names(names)}
+def _all_names(of_axes: Iterable[Names]) -> set[str]:
+    return {name for names in of_axes for name in as_names(names)}
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:

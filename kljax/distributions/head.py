@@ -73,7 +73,7 @@ class Head(Classed):
         return replace(self, **parts, softcap=softcap, transposed=transposed)
 
     def shape(self, other: Shape) -> Shape:
-        return (*jnp.shape(self.hidden)[:-1], jnp.shape(self.kernel)[self._axis])
+        return (*jnp.shape(self.hidden)[:-1], jnp.shape(self.kernel)[self._class_axis])
 
     def fit(self, caller: str, argument: str, layout: Layout, temperature: Any) -> Self:
         checks.require_classes_last(caller, argument, layout)
@@ -84,29 +84,29 @@ class Head(Classed):
 
     def partition(self, layout: Layout) -> Sequence[Names]:
         *rows, _ = meshes.spec(held(self.hidden))
-        classes = meshes.spec(held(self.kernel))[self._axis]
+        classes = meshes.spec(held(self.kernel))[self._class_axis]
         return (*(None for _ in range(len(layout.batch) - len(rows))), *rows, classes)
 
     @property
-    def _axis(self) -> int:
+    def _class_axis(self) -> int:
         """The kernel's axis of classes."""
         return 0 if self.transposed else 1
 
     def place(
         self, layout: Layout, where: Array | None, live: Array | None, spread: Spread | None
     ) -> Self:
-        hidden, kernel, bias = held(self.hidden), self.kernel, self.bias
+        hidden, kernel, bias = held(self.hidden), held(self.kernel), self.bias
+        if spread is not None and spread.per_device:
+            along = partial(meshes.along, name=spread.classes, mesh=spread.sharding.mesh)
+            kernel = along(kernel, self._class_axis)
+            bias = None if bias is None else along(held(bias), 0)
         if where is not None:  # nothing is read at classes that exist for no example
             exists = jnp.any(where, axis=tuple(range(where.ndim - 1)))
-            bias = None if bias is None else jnp.where(exists, bias, 0)
-            kernel = jnp.where(jnp.expand_dims(exists, 1 - self._axis), kernel, 0)
+            bias = None if bias is None else _where(exists, held(bias))
+            kernel = _where(jnp.expand_dims(exists, 1 - self._class_axis), kernel)
         if hidden.ndim == len(layout.shape) and live is not None:
-            hidden = jnp.where(live[..., None] | jnp.isfinite(hidden), hidden, 0)
+            hidden = _where(live[..., None], hidden, or_finite=True)
         hidden = hidden.reshape((1,) * (len(layout.shape) - hidden.ndim) + hidden.shape)
-        if spread is not None and spread.apart:
-            along = partial(meshes.along, name=spread.classes, mesh=spread.sharding.mesh)
-            kernel = along(held(kernel), self._axis)
-            bias = None if bias is None else along(held(bias), 0)
         return replace(self, hidden=hidden, kernel=kernel, bias=bias)
 
     def in_axes(self, layout: Layout) -> tuple[Axes, ...]:
@@ -124,7 +124,7 @@ class Head(Classed):
         exists = jnp.ones(1, bool)
         if counted is not None:
             exists = jnp.any(counted, axis=tuple(range(counted.ndim - 1)))
-        of_classes = jnp.expand_dims(exists, 1 - self._axis)
+        of_classes = jnp.expand_dims(exists, 1 - self._class_axis)
         parts = {
             "hidden": (self.hidden, jnp.any(exists)),  # what does not count is no NaN once placed
             "kernel": (self.kernel, of_classes),
@@ -155,6 +155,12 @@ class Head(Classed):
 
     def best(self, classes: Classes) -> Array:
         return self.project()[0].best(classes)
+
+
+def _where(counts: Array, x: Array, *, or_finite: bool = False) -> Array:
+    """x where it counts, or also where it is finite, else 0; however both are spread."""
+    x, counts = meshes.broadcast([x, counts])
+    return jnp.where(counts | jnp.isfinite(x) if or_finite else counts, x, 0)
 
 
 def _scaled(raw: Array, scale: Array) -> Array:

@@ -4,6 +4,7 @@ Both sides become log-probabilities of the k classes and, unless the rest is lef
 class that holds all others. Then every divergence is what it is on those few classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike
 
 from kljax._engine import checks, meshes, value_checks
 from kljax._engine.classes import Axes, Classes, Layout, Shape
-from kljax._engine.meshes import Spread
+from kljax._engine.meshes import Names, Spread
 from kljax._engine.picks import Few, Picked, picked
 from kljax._engine.side import Classed, Side, block_of, compute_dtype, held, with_infinity
 from kljax._engine.states import RowState
@@ -103,6 +104,10 @@ class TopK(Classed):
             caller, one, 1.0 if temperature is None else temperature
         )
         return replace(self, temperature=None)
+
+    def partition(self, layout: Layout) -> Sequence[Names]:
+        *rows, _ = meshes.spec(held(self.log_probs))
+        return (*(None for _ in range(len(layout.batch) - len(rows))), *rows, None)
 
     def require_mass(self, caller: str, layout: Layout) -> None:
         complete = jnp.shape(self.indices)[-1] == layout.all_classes  # there is no rest
