@@ -1,8 +1,8 @@
-"""Each device of a mesh of explicit axes computes its own part of a batch, as inside `shard_map`.
+"""On a mesh of explicit axes each device computes its own part of a batch, inside `shard_map`.
 
-Of the whole batch there is then nothing but sums over devices: one number, and the gradients to
-what all share. A kernel that lies on the devices in parts is gathered once, and its gradient
-scattered once, however many blocks there are.
+Over the mesh then go nothing but sums: one number, the gradients to what all share and, where
+classes are spread too, numbers of a row. A kernel that lies on the devices in parts is gathered
+once, and its gradient scattered once, however many blocks there are.
 """
 
 from collections.abc import Callable
@@ -27,41 +27,39 @@ def on_each(
     *,
     summed: bool,
 ) -> tuple[Array, Tree]:
-    """Of a tree, one value per example or their sum, and more of each example.
+    """A loss of the whole batch: one value per example, or their sum, and more of each example.
 
     Args:
-        compute: The same, of what one device holds.
-        spread: How the batch lies.
-        tree: A pytree whose classes lie as they should.
+        compute: The same of one device's part of the tree.
+        spread: How the whole input lies.
+        tree: A pytree whose classes were laid so by `place`; the batch is laid here.
         axes: Where each leaf has its batch axes.
-        summed: Whether it is one number.
+        summed: Whether the loss is one number.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    specs = [_spec(spread, x, of) for x, of in zip(leaves, axes, strict=True)]
-    mesh, rows = spread.sharding.mesh, spread.rows
-    names = tuple(name for of in rows for name in as_names(of))
+    specs = [_spec(spread, x, batch_axes) for x, batch_axes in zip(leaves, axes, strict=True)]
+    mesh, names = spread.sharding.mesh, _names_of_rows(spread)
 
     def on_one(*leaves: Array) -> tuple[Array, Tree]:
         own = [
-            x if of else _gathered(x, spec, names)
-            for x, spec, of in zip(leaves, specs, axes, strict=True)
+            _gathered(x, spec, names) if batch_axes is None else x
+            for x, spec, batch_axes in zip(leaves, specs, axes, strict=True)
         ]
         value, more = compute(treedef.unflatten(own))
         if summed and names:
             value = lax.psum(meshes.vary(value, names), names)
         return value, more
 
-    batch = PartitionSpec(*rows)
+    batch = PartitionSpec(*spread.rows)
     laid = [
         meshes.spread(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True)
     ]
-    # Beside axes that the compiler manages the explicit ones are named; all there are need not be,
-    # of which `vmap` may have taken one.
-    some = meshes.explicit_axes(mesh)
+    # Named only beside axes that the compiler manages: of all there are `vmap` may have taken one.
+    explicit = meshes.explicit_axes(mesh)
     run = jax.shard_map(
         on_one,
         mesh=mesh,
-        axis_names=set() if some == set(mesh.axis_names) else some,
+        axis_names=set() if explicit == set(mesh.axis_names) else explicit,
         in_specs=tuple(specs),
         out_specs=(PartitionSpec() if summed else batch, batch),
     )
@@ -69,20 +67,26 @@ def on_each(
 
 
 def _spec(spread: Spread, x: Array, axes: Axes) -> PartitionSpec:
-    """How a leaf is handed to the devices: batch axes as the batch lies, others as they do.
+    """How a leaf enters: its batch axes as the batch lies, its axis of classes as it was laid.
 
-    Only an example's own features are whole on its device.
+    What all examples share may stay in parts over the mesh axes of the batch, to be gathered
+    inside: the transpose of that scatters the gradient. Any other axis is made whole here.
     """
     kept = set(as_names(spread.classes))
     if axes is None:
-        kept |= {name for of in spread.rows for name in as_names(of)}
+        kept |= set(_names_of_rows(spread))
     names: list[Names] = [n if set(as_names(n)) <= kept else None for n in meshes.spec(x)]
     for axis, row in zip(axes or (), spread.rows, strict=False):
         names[axis] = None if x.shape[axis] == 1 else row
     return PartitionSpec(*names)
 
 
+def _names_of_rows(spread: Spread) -> tuple[str, ...]:
+    return tuple(name for names in spread.rows for name in as_names(names))
+
+
 def _gathered(x: Array, spec: PartitionSpec, names: tuple[str, ...]) -> Array:
+    """Whole along the axes over which it lay in parts, none of which is that of the classes."""
     for axis, name in enumerate(spec):
         if set(as_names(name)) & set(names):
             x = lax.all_gather(x, name, axis=axis, tiled=True)
