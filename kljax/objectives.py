@@ -382,7 +382,8 @@ def _with_rows(sides: tuple[Classed, ...], temperature: Array | None) -> tuple[C
     """What all examples share becomes a row of each, where each has its own temperature."""
     if temperature is None or not temperature.ndim:
         return sides
-    whole = partial(jnp.broadcast_to, shape=block_of(sides).shape)
+    arrays = tuple(side for side in sides if side.array is not None)
+    whole = partial(jnp.broadcast_to, shape=block_of(arrays).shape)
     return tuple(side if side.array is None else jax.tree.map(whole, side) for side in sides)
 
 
