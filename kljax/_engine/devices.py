@@ -38,7 +38,7 @@ def on_each(
     """
     leaves, treedef = jax.tree.flatten(tree)
     specs = [_spec(spread, x, batch_axes) for x, batch_axes in zip(leaves, axes, strict=True)]
-    mesh, names = spread.sharding.mesh, _names_of_rows(spread)
+    mesh, names = spread.sharding.mesh, spread.names_of_rows
 
     def on_one(*leaves: Array) -> tuple[Array, Tree]:
         own = [
@@ -74,15 +74,11 @@ def _spec(spread: Spread, x: Array, axes: Axes) -> PartitionSpec:
     """
     kept = set(as_names(spread.classes))
     if axes is None:
-        kept |= set(_names_of_rows(spread))
+        kept |= set(spread.names_of_rows)
     names: list[Names] = [n if set(as_names(n)) <= kept else None for n in meshes.spec(x)]
     for axis, row in zip(axes or (), spread.rows, strict=False):
         names[axis] = None if x.shape[axis] == 1 else row
     return PartitionSpec(*names)
-
-
-def _names_of_rows(spread: Spread) -> tuple[str, ...]:
-    return tuple(name for names in spread.rows for name in as_names(names))
 
 
 def _gathered(x: Array, spec: PartitionSpec, names: tuple[str, ...]) -> Array:

@@ -4,7 +4,7 @@ The mesh is read off the arrays' own types, so that it need not be set.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,10 @@ class Spread(NamedTuple):
         return self.sharding.spec[self.axis[0]]
 
     @property
+    def names_of_rows(self) -> tuple[str, ...]:
+        return all_names(self.rows)
+
+    @property
     def part(self) -> tuple[int, ...]:
         """The shape of what one device holds."""
         sizes = self.sharding.mesh.shape
@@ -52,6 +56,10 @@ class Spread(NamedTuple):
 
 def as_names(name: Names) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else tuple(name or ())
+
+
+def all_names(of_axes: Iterable[Names]) -> tuple[str, ...]:
+    return tuple(name for names in of_axes for name in as_names(names))
 
 
 def explicit(tree: Any) -> AbstractMesh | None:

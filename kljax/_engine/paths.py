@@ -1,7 +1,6 @@
 """How a batch is computed: one table of how many bytes of logits a block may hold."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -12,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kljax._engine import checks, meshes
 from kljax._engine.blocks import Blocks, exactly, fitting, whole
 from kljax._engine.classes import Layout
-from kljax._engine.meshes import Names, Spread, as_names, varying
+from kljax._engine.meshes import Names, Spread, all_names, as_names, varying
 from kljax._engine.side import Classed
 
 
@@ -215,21 +214,17 @@ def _per_device(layout: Layout, sides: tuple[Classed, ...]) -> Spread | None:
     if mesh is None or layout.names or AxisType.Manual in mesh.axis_types:
         return None
     found: list[Names] = [None] * len(layout.shape)
-    specs, taken = [side.partition(layout) for side in sides], set()
+    specs, taken = [side.partition(layout) for side in sides], set[str]()
     for axes in (layout.batch_axes, layout.axis):
         options = ([spec[axis] for axis in axes] for spec in specs)
-        free = (names for names in options if not taken & _all_names(names))
+        free = (names for names in options if taken.isdisjoint(all_names(names)))
         for axis, name in zip(axes, next(filter(any, free), ()), strict=False):
             found[axis] = name
-        taken = _all_names(found)
+        taken = set(all_names(found))
     if len(layout.axis) > 1 and any(found[axis] for axis in layout.axis):
         return None  # they have no single number on a shard
     sharding = NamedSharding(mesh, PartitionSpec(*found))
     return Spread(layout.shape, layout.axis, sharding, per_device=True)
-
-
-def _all_names(of_axes: Iterable[Names]) -> set[str]:
-    return {name for names in of_axes for name in as_names(names)}
 
 
 def _blocks(batch: tuple[int, ...], classes: int, itemsize: int, budget: _Budget | None) -> Blocks:
